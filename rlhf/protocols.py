@@ -1,0 +1,65 @@
+"""What the controller and the stages ask of the parts they drive. Ray shells and plain classes both fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rlhf.algorithms import Algorithm
+from rlhf.batches import RolloutBatch, SupervisedBatch, TrainBatch, UpdateReport
+from rlhf.config import OptimizerConfig
+from rlhf.evaluation import EvaluationResult
+from rlhf.samples import ScoredGroup, WeightVersion
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One weight sync that was attested. Gaps are absolute log-prob differences on the probe, in nats."""
+
+    version: WeightVersion
+    size_bytes: int
+    seconds: float
+    probe_mean_gap_nats: float
+    probe_max_gap_nats: float
+
+
+class LearnerGroup(Protocol):
+    """All learner ranks as one."""
+
+    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: Algorithm) -> None:
+        """Start a stage: the weights at `model_path` and a fresh optimiser."""
+        ...
+
+    def proximal_logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Log-probs [N, T] under the current weights at the rollout temperature, in the order of `batch`."""
+        ...
+
+    def update(self, batch: TrainBatch | SupervisedBatch) -> UpdateReport: ...
+
+    def save_policy(self, directory: Path) -> None:
+        """The policy in Hugging Face format, with its tokenizer; the same bits the learner holds."""
+        ...
+
+
+class Publisher(Protocol):
+    """Brings the learner's weights to every engine; see `WeightPublisher`."""
+
+    def publish(self, version: WeightVersion) -> SyncReport: ...
+
+
+class RolloutSource(Protocol):
+    """Where scored groups come from; see `StalenessBuffer`."""
+
+    sampled_tokens: int
+    """Completion tokens of everything that came back so far, trained or not."""
+
+    def take(self, version: WeightVersion) -> list[ScoredGroup]: ...
+
+
+class Evaluator(Protocol):
+    """Greedy and sampled completions of the fixed held-out prompts, scored."""
+
+    def evaluate(self, prompts: int, *, reasoning_mode: bool) -> EvaluationResult: ...
