@@ -1,0 +1,179 @@
+"""Ray: start or join it, place the roles, wait with a name and a deadline, leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf.config import RunConfig
+from rlhf.errors import DeadlineError, GroupwiseError, WorkerLostError
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One process the run starts: what Ray must reserve for it. `bundle` is its place in the placement group."""
+
+    name: str
+    cpus: float
+    gpus: float
+    bundle: int
+
+
+def roles(config: RunConfig) -> list[Role]:
+    """Every worker of the run with its share of the machine. Colocated learners and engines halve a GPU."""
+    cluster, on_gpu = config.cluster, config.cluster.device == "cuda"
+    share = 0.5 if cluster.placement == "colocated" else 1.0
+    learners = [
+        Role(f"learner-{i}", cluster.cpus_per_learner, share * on_gpu, i) for i in range(config.training.ranks)
+    ]
+    first = 0 if cluster.placement == "colocated" else len(learners)
+    gpus = share * config.rollouts.tensor_parallel_size * on_gpu
+    engines = [
+        Role(f"engine-{i}", cluster.cpus_per_engine, gpus, first + i) for i in range(config.rollouts.num_engines)
+    ]
+    last = max(len(learners), first + len(engines))
+    graders = [Role(f"reward-{i}", 1.0, 0.0, last + i) for i in range(config.rewards.workers)]
+    return [*learners, *engines, *graders]
+
+
+def bundles(config: RunConfig) -> list[dict[str, float]]:
+    """What each bundle of the placement group reserves."""
+    found: dict[int, dict[str, float]] = {}
+    for role in roles(config):
+        bundle = found.setdefault(role.bundle, {"CPU": 0.0, "GPU": 0.0})
+        bundle["CPU"] += role.cpus
+        bundle["GPU"] += role.gpus
+    return [{key: value for key, value in found[i].items() if value} for i in sorted(found)]
+
+
+class Cluster:
+    """A Ray that this run started or joined, with one placement group. Use as a context: leaving it ends everything."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self._config = config
+        self._logs = run_dir / "logs"
+        self._owned = config.cluster.address is None
+        self._temp_dir: Path | None = None
+        self._group: PlacementGroup | None = None
+
+    def __enter__(self) -> Cluster:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._start()
+            self._reserve()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None and ray.is_initialized() and not self._owned:
+            remove_placement_group(self._group)
+        if ray.is_initialized():
+            ray.shutdown()
+        if self._temp_dir is not None:
+            self._keep_ray_logs(self._temp_dir)
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def options(self, role: Role, environment: dict[str, str]) -> dict[str, Any]:
+        """Ray actor options for `role`, with the environment variables its process starts with."""
+        threads = str(self._config.cluster.threads_per_process)
+        variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(_python_path()), **environment}
+        assert self._group is not None
+        return {
+            "num_cpus": role.cpus,
+            "num_gpus": role.gpus,
+            "name": role.name if self._owned else None,
+            "runtime_env": {"env_vars": variables},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, role.bundle),
+        }
+
+    def _start(self) -> None:
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not self._owned:
+            ray.init(address=self._config.cluster.address, **quiet)
+            return
+        # Ray puts unix sockets below this directory and their path may not exceed 107 bytes: keep it short.
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="groupwise-", dir="/tmp"))
+        needed = sum(bundle.get("CPU", 0.0) for bundle in bundles(self._config))
+        cores = float(os.cpu_count() or 1)
+        cpus = max(cores, needed) if self._config.cluster.oversubscribe_cpus else cores
+        ray.init(
+            address="local",
+            num_cpus=int(-(-cpus // 1)),
+            include_dashboard=False,
+            _temp_dir=str(self._temp_dir),
+            **quiet,
+        )
+
+    def _reserve(self) -> None:
+        wanted = bundles(self._config)
+        self._group = placement_group(wanted, strategy="PACK")
+        try:
+            ray.get(self._group.ready(), timeout=self._config.cluster.start_deadline_s)
+        except GetTimeoutError:
+            have = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
+            raise DeadlineError(
+                f"placement: the cluster could not reserve {wanted} within {self._config.cluster.start_deadline_s} s. "
+                f"It has {have}. Lower training.ranks or rollouts.num_engines, or add nodes."
+            ) from None
+
+    def _keep_ray_logs(self, temp_dir: Path) -> None:
+        for logs in temp_dir.glob("session_2*/logs"):
+            shutil.copytree(logs, self._logs / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+
+
+def gather(references: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
+    """Results of all `references`, in order. The first failure is raised at once, not after the others.
+
+    Raises DeadlineError after `deadline_s`, the worker's own GroupwiseError, or WorkerLostError with its traceback.
+    """
+    pending, end = list(references), time.monotonic() + deadline_s
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+        if not done:
+            raise DeadlineError(
+                f"{what}: {len(pending)} of {len(references)} answers missing after {deadline_s:g} s. "
+                "The worker's log in logs/ shows what it was doing."
+            )
+        result(done[0], what)
+    return [result(reference, what) for reference in references]
+
+
+def result(reference: Any, what: str) -> Any:
+    """The value of a finished reference, or the error that a user should see."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, GroupwiseError):
+            raise error.cause from None
+        raise WorkerLostError(f"{what} failed in the worker:\n{error.traceback_str}") from None
+    except RayActorError as error:
+        raise WorkerLostError(f"{what}: the worker process died.\n{error}") from None
+
+
+def redirect_output(path: Path) -> None:
+    """From now on everything this process and its children write to stdout and stderr goes to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(target, descriptor)
+    os.close(target)
+
+
+def _python_path() -> list[str]:
+    """Workers import what the driver can: the checkout, and the user's own modules beside it."""
+    import sys
+
+    return [str(Path(entry or os.getcwd()).resolve()) for entry in sys.path if "site-packages" not in entry]

@@ -1,0 +1,1 @@
+"""LOSS -> OPTIMISER STEP: DeepSpeed engine, learner and its Ray shell."""
