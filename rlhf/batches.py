@@ -87,7 +87,7 @@ def pad(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
     """[N] arrays of length T_i -> tensor [N, max T_i], zeros on the right."""
     out = torch.zeros(len(arrays), max(len(a) for a in arrays), dtype=dtype)
     for row, array in enumerate(arrays):
-        out[row, : len(array)] = torch.as_tensor(array, dtype=dtype)
+        out[row, : len(array)] = torch.tensor(array, dtype=dtype)  # copies: arrays from Ray are read-only
     return out
 
 

@@ -158,7 +158,7 @@ def result(reference: Any, what: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, GroupwiseError):
             raise error.cause from None
-        raise WorkerLostError(f"{what} failed in the worker:\n{error.traceback_str}") from None
+        raise WorkerLostError(f"{what} failed in the worker:\n{error}") from None
     except RayActorError as error:
         raise WorkerLostError(f"{what}: the worker process died.\n{error}") from None
 

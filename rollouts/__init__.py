@@ -1,0 +1,1 @@
+"""Prompt to sample: prompt sources, rendering, generation engines and the staleness buffer."""

@@ -1,0 +1,150 @@
+"""Keeps rollouts flowing with a hard bound on how old a trained sample can be.
+
+At most `(max_staleness + 1) * prompts_per_step` groups are alive: dispatched and not yet trained or closed. They are
+taken oldest first, so a group has fewer than that many before it and is trained at most `max_staleness` versions after
+it was dispatched. The bound holds by construction and is checked when a group is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from rlhf.errors import DeadlineError, GroupwiseError, RewardFailureError
+from rlhf.ledger import Ledger
+from rlhf.samples import Prompt, RewardFailed, ScoredGroup
+from rlhf.selection import Rejected
+
+
+class Dispatcher(Protocol):
+    """Sends a prompt off to be sampled and scored; gives back what has finished since the last call."""
+
+    def submit(self, group_id: str, prompt: Prompt) -> None: ...
+
+    def completed(self, timeout_s: float) -> list[ScoredGroup]:
+        """Waits for at least one group. Empty only after `timeout_s`. Raises a worker's failure."""
+        ...
+
+
+class StalenessBuffer:
+    """`RolloutSource` over a dispatcher. Each group it dispatches ends in exactly one state of the ledger."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        prompts: Iterator[Prompt],
+        select: Callable[[ScoredGroup], Rejected | None],
+        ledger: Ledger,
+        *,
+        prompts_per_step: int,
+        max_staleness: int,
+        total_groups: int,
+        max_dispatch_factor: int,
+        error_budget: float,
+        deadline_s: float,
+    ) -> None:
+        """`total_groups` is what the stage will train in all: no group is dispatched that could not be trained."""
+        self._dispatcher = dispatcher
+        self._prompts = prompts
+        self._select = select
+        self._ledger = ledger
+        self._per_step = prompts_per_step
+        self._max_staleness = max_staleness
+        self._untaken = total_groups
+        self._max_dispatch = max_dispatch_factor * prompts_per_step
+        self._error_budget = error_budget
+        self._deadline_s = deadline_s
+        self._waiting: dict[str, ScoredGroup | None] = {}  # by age; None while in flight
+        self._scored = self._failed = self._dispatched = self._number = 0
+        self.sampled_tokens = 0
+
+    @property
+    def capacity(self) -> int:
+        return (self._max_staleness + 1) * self._per_step
+
+    def take(self, version: int) -> list[ScoredGroup]:
+        """The next `prompts_per_step` trainable groups, oldest first.
+
+        Fewer, but at least one, when `max_dispatch_factor` times as many prompts were tried. Raises GroupwiseError when
+        none of those was trainable, RewardFailureError above the error budget, DeadlineError when nothing comes back.
+        """
+        self._dispatched = self._scored = self._failed = 0
+        while True:
+            self._fill(version)
+            groups = self._oldest_ready()
+            if groups is not None:
+                return [self._checked(group, version) for group in groups]
+            finished = self._dispatcher.completed(self._deadline_s)
+            if not finished:
+                raise DeadlineError(self._overdue())
+            for group in finished:
+                self._receive(group)
+
+    def _fill(self, version: int) -> None:
+        # Groups that were taken and not yet trained are alive too: the ledger still has them in flight.
+        while (
+            len(self._ledger.in_flight) < self.capacity
+            and len(self._waiting) < self._untaken
+            and self._dispatched < self._max_dispatch
+        ):
+            group_id = f"g{self._number:06d}"
+            self._number += 1
+            self._dispatched += 1
+            self._ledger.dispatch(group_id, version)
+            self._waiting[group_id] = None
+            self._dispatcher.submit(group_id, next(self._prompts))
+
+    def _oldest_ready(self) -> list[ScoredGroup] | None:
+        oldest = list(self._waiting.items())[: self._per_step]
+        groups = [group for _, group in oldest if group is not None]
+        wanted = min(self._per_step, self._untaken)
+        if len(groups) < len(oldest) or (len(groups) < wanted and self._dispatched < self._max_dispatch):
+            return None
+        if not groups:
+            raise GroupwiseError(
+                f"rollouts.max_dispatch_factor: {self._dispatched} prompts were sampled for one step and none was "
+                f"trainable ({self._ledger.counts()}). Nothing is left to learn here, or everything is too hard: "
+                "change the data or its difficulty, or raise rollouts.group_size."
+            )
+        for group_id, _ in oldest:
+            del self._waiting[group_id]
+        self._untaken -= self._per_step
+        return groups
+
+    def _receive(self, scored: ScoredGroup) -> None:
+        failures = [outcome for outcome in scored.outcomes if isinstance(outcome, RewardFailed)]
+        self._scored += len(scored.outcomes)
+        self._failed += len(failures)
+        self.sampled_tokens += sum(sample.completion_tokens for sample in scored.group.samples)
+        group_id = scored.group.group_id
+        rejected = self._select(scored)
+        if rejected is None:
+            self._waiting[group_id] = scored
+        else:
+            self._ledger.close(group_id, rejected.state, rejected.detail)
+            del self._waiting[group_id]
+        samples_of_a_step = self._per_step * len(scored.outcomes)
+        if failures and self._failed > self._error_budget * max(self._scored, samples_of_a_step):
+            raise RewardFailureError(self._over_budget(scored, failures[0]))
+
+    def _checked(self, group: ScoredGroup, version: int) -> ScoredGroup:
+        lag = version - group.group.first_version
+        assert 0 <= lag <= self._max_staleness, f"group {group.group.group_id} is {lag} versions old"
+        return group
+
+    def _over_budget(self, scored: ScoredGroup, failure: RewardFailed) -> str:
+        number = scored.outcomes.index(failure)
+        sample = scored.group.samples[number]
+        return (
+            f"rewards.error_budget = {self._error_budget}: {self._failed} of {self._scored} rewards of this step failed. "
+            f"First: reward {failure.component!r} on sample {sample.sample_id} (prompt "
+            f"{scored.group.prompt.prompt_id}), {failure.attempts} attempt(s): {failure.message}\n"
+            f"completion: {sample.completion!r}\nanswer: {scored.group.prompt.answer!r}\n{failure.traceback}"
+        )
+
+    def _overdue(self) -> str:
+        missing = [group_id for group_id, group in self._waiting.items() if group is None]
+        return (
+            f"rollouts.group_deadline_s = {self._deadline_s:g}: {len(missing)} groups are overdue, the oldest is "
+            f"{missing[0]}. An engine or a reward worker is stuck; see logs/engine-*.log and logs/reward-*.log."
+        )

@@ -1,0 +1,65 @@
+"""What the program asks of an engine that generates. `vllm_engine` is the real one; unit tests may bring a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from rlhf.samples import VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """How to sample completions of one prompt. `temperature` 0 is greedy.
+
+    There is no seed for a request: vLLM's CPU sampler dies on one when a prompt is prefilled in parts, and on every
+    device seeded requests are sampled one by one. The engine's own seed is that of the run.
+    """
+
+    samples: int
+    max_tokens: int
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion as tokens. `logprobs` in nats, one for each of `token_ids`; spans cover all of them."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    version_spans: tuple[VersionSpan, ...]
+
+
+class GenerationEngine(Protocol):
+    """Tokens in, tokens out. Weight-sync calls follow vLLM's native API: init, start, update, finish."""
+
+    async def generate(self, prompt_token_ids: Sequence[int], request: SamplingRequest) -> list[Completion]: ...
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-prob in nats of each token given the ones before, at temperature 1; entry 0 is 0."""
+        ...
+
+    async def pause(self, clear_kv_cache: bool) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None: ...
+
+    async def start_weight_update(self) -> None: ...
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    async def finish_weight_update(self, version: int) -> None: ...
+
+    async def weight_digests(self) -> list[dict[str, str]]:
+        """For each tensor-parallel worker, the digest of every tensor received in the last update."""
+        ...
+
+    async def weight_version(self) -> int: ...
+
+    async def shutdown(self) -> None: ...

@@ -1,0 +1,247 @@
+"""Procedural tasks with an exact answer, and the rule that splits them.
+
+A family at a difficulty is a finite space of parameter tuples; problem number `k` of it is decoded from `k` alone. A
+hash of the problem's canonical form decides its split, whatever the seed, the difficulty or the order it is drawn in,
+so no problem is ever in both splits. `47+38` and `38+47` have one canonical form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.errors import ConfigError, did_you_mean
+
+Split = Literal["train", "held_out"]
+
+HELD_OUT_SHARE = 0.12
+
+_LETTERS = "abcde"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`question` as the policy sees it, `answer` a number as text, `trace` short worked reasoning on one line.
+
+    `canonical` names the problem up to changes that leave it the same problem (order of summands, of list entries).
+    """
+
+    question: str
+    answer: str
+    trace: str
+    canonical: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFamily:
+    """`axes(difficulty)` are the values each parameter can take, `pose(*parameters)` states and solves one problem."""
+
+    name: str
+    axes: Callable[[int], tuple[Sequence[Any], ...]]
+    pose: Callable[..., Problem]
+
+    def size(self, difficulty: int) -> int:
+        """Number of parameter tuples; some may state the same problem."""
+        return math.prod(len(axis) for axis in self.axes(difficulty))
+
+    def problem(self, difficulty: int, number: int) -> Problem:
+        """Problem `0 <= number < size(difficulty)`."""
+        parameters = []
+        for axis in self.axes(difficulty):
+            number, position = divmod(number, len(axis))
+            parameters.append(axis[position])
+        return self.pose(*parameters)
+
+    def split_of(self, problem: Problem) -> Split:
+        share = digest("split", self.name, problem.canonical) / 2**64
+        return "held_out" if share < HELD_OUT_SHARE else "train"
+
+    def draw(self, difficulty: int, split: Split, seed: int, index: int) -> Problem:
+        """Draw number `index` of `seed`: uniform over the parameter tuples of the split, a pure function.
+
+        The split must not be empty, see `distinct`.
+        """
+        size = self.size(difficulty)
+        attempt = 0
+        while True:
+            problem = self.problem(difficulty, digest("draw", self.name, difficulty, seed, index, attempt) % size)
+            if self.split_of(problem) == split:
+                return problem
+            attempt += 1
+
+    def distinct(self, difficulty: int, split: Split, seed: int) -> Iterator[Problem]:
+        """Every problem of the split exactly once, in an order that depends on the seed only.
+
+        Taking all of them costs time in proportion to `size`; the first few are cheap.
+        """
+        size = self.size(difficulty)
+        start, stride = digest("start", seed) % size, _coprime_stride(digest("stride", seed) % size, size)
+        seen: set[str] = set()
+        for step in range(size):
+            problem = self.problem(difficulty, (start + step * stride) % size)
+            if problem.canonical not in seen and self.split_of(problem) == split:
+                seen.add(problem.canonical)
+                yield problem
+
+
+def digest(*parts: object) -> int:
+    """64 bits that depend on the parts only: the same on every machine and Python version."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _coprime_stride(start: int, size: int) -> int:
+    stride = max(1, start)
+    while math.gcd(stride, size) != 1:
+        stride += 1
+    return stride
+
+
+# --- registry ---------------------------------------------------------------------------------------------------------
+
+_FAMILIES: dict[str, TaskFamily] = {}
+
+
+def task_family(
+    name: str, axes: Callable[[int], tuple[Sequence[Any], ...]]
+) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
+    """Registers the decorated function as the family `name`; it gets one value of each axis."""
+
+    def register(pose: Callable[..., Problem]) -> Callable[..., Problem]:
+        if name in _FAMILIES:
+            raise ValueError(f"task family {name!r} is registered twice")
+        _FAMILIES[name] = TaskFamily(name, axes, pose)
+        return pose
+
+    return register
+
+
+def family_names() -> tuple[str, ...]:
+    return tuple(_FAMILIES)
+
+
+def get_family(name: str) -> TaskFamily:
+    """Raises ConfigError with the nearest name for a family that is not registered."""
+    if name not in _FAMILIES:
+        rule = "must be registered task families"
+        raise ConfigError([f"families = {name}: {rule}. There is no such family. {did_you_mean(name, _FAMILIES)}"])
+    return _FAMILIES[name]
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def _operand(digits: int) -> range:
+    return range(0 if digits == 1 else 10 ** (digits - 1), 10**digits)
+
+
+def _operands(count: int) -> Callable[[int], tuple[range, ...]]:
+    return lambda difficulty: (_operand(difficulty),) * count
+
+
+def _unordered(*values: object) -> str:
+    return ",".join(str(value) for value in sorted(values, key=str))
+
+
+def _columns(*numbers: int) -> list[list[int]]:
+    """Digits of equal places, units first; leading zeros where a number is shorter."""
+    width = max(len(str(number)) for number in numbers)
+    rows = [f"{number:0{width}d}"[::-1] for number in numbers]
+    return [[int(row[place]) for row in rows] for place in range(width)]
+
+
+def _column_sums(*numbers: int) -> str:
+    """`47, 38 -> 7+8=15,4+3+1=8`: units first, each column with the carry of the one before."""
+    steps, carry = [], 0
+    for column in _columns(*numbers):
+        terms = [*column, carry] if carry else column
+        total = sum(terms)
+        steps.append("+".join(map(str, terms)) + f"={total}")
+        carry = total // 10
+    return ",".join(steps)
+
+
+def _column_differences(large: int, small: int) -> str:
+    """`43, 28 -> 13-8=5,4-2-1=1`: units first, ten borrowed where a column would be negative."""
+    steps, borrowed = [], 0
+    for top, bottom in _columns(large, small):
+        left = top - bottom - borrowed
+        lent = 10 if left < 0 else 0
+        steps.append(f"{top + lent}-{bottom}" + ("-1" if borrowed else "") + f"={left + lent}")
+        borrowed = 1 if lent else 0
+    return ",".join(steps)
+
+
+@task_family("addition", _operands(2))
+def _addition(a: int, b: int) -> Problem:
+    return Problem(f"{a}+{b}=?", str(a + b), _column_sums(a, b), _unordered(a, b))
+
+
+@task_family("subtraction", _operands(2))
+def _subtraction(a: int, b: int) -> Problem:
+    large, small = max(a, b), min(a, b)
+    return Problem(f"{large}-{small}=?", str(large - small), _column_differences(large, small), f"{large},{small}")
+
+
+@task_family("three_term_sum", _operands(3))
+def _three_term_sum(a: int, b: int, c: int) -> Problem:
+    return Problem(f"{a}+{b}+{c}=?", str(a + b + c), _column_sums(a, b, c), _unordered(a, b, c))
+
+
+@task_family("multiplication", _operands(2))
+def _multiplication(a: int, b: int) -> Problem:
+    parts = [(int(digit) * 10**place) for place, digit in enumerate(str(b)[::-1]) if digit != "0"]
+    steps = [f"{a}*{part}={a * part}" for part in parts]
+    if len(parts) > 1:
+        steps.append("+".join(str(a * part) for part in parts) + f"={a * b}")
+    return Problem(f"{a}*{b}=?", str(a * b), ",".join(steps) or f"{a}*0=0", _unordered(a, b))
+
+
+@task_family("modulo", lambda difficulty: (_operand(difficulty), range(2, 10)))
+def _modulo(a: int, b: int) -> Problem:
+    below = a - a % b
+    return Problem(f"{a}%{b}=?", str(a % b), f"{b}*{a // b}={below},{a}-{below}={a % b}", f"{a},{b}")
+
+
+@task_family("gcd", lambda difficulty: (range(1, 10**difficulty),) * 2)
+def _gcd(a: int, b: int) -> Problem:
+    large, small = max(a, b), min(a, b)
+    steps, top, bottom = [], large, small
+    while bottom:
+        steps.append(f"{top}%{bottom}={top % bottom}")
+        top, bottom = bottom, top % bottom
+    return Problem(f"gcd({a},{b})=?", str(top), ",".join(steps), _unordered(a, b))
+
+
+# --- lists, digits and letters ----------------------------------------------------------------------------------------
+
+
+@task_family("maximum", _operands(3))
+def _maximum(*values: int) -> Problem:
+    listed = ",".join(map(str, values))
+    running = ",".join(str(max(values[: count + 1])) for count in range(len(values)))
+    return Problem(f"max({listed})=?", str(max(values)), running, _unordered(*values))
+
+
+@task_family("sort_digits", lambda difficulty: (range(1, 10),) * (difficulty + 1))
+def _sort_digits(*digits: int) -> Problem:
+    prefixes = ["".join(map(str, sorted(digits[: count + 1]))) for count in range(len(digits))]
+    number = "".join(map(str, digits))
+    return Problem(f"sort({number})=?", prefixes[-1], ",".join(prefixes), _unordered(*digits))
+
+
+@task_family("digit_sum", lambda difficulty: (range(1, 10), *(range(10),) * difficulty))
+def _digit_sum(*digits: int) -> Problem:
+    running = ",".join(str(sum(digits[: count + 1])) for count in range(len(digits)))
+    number = "".join(map(str, digits))
+    return Problem(f"digits({number})=?", str(sum(digits)), running, _unordered(*digits))
+
+
+@task_family("count_letter", lambda difficulty: (_LETTERS,) * (2 * difficulty + 3))
+def _count_letter(letter: str, *word: str) -> Problem:
+    running = "".join(f"{read}{word[: count + 1].count(letter)}" for count, read in enumerate(word))
+    question = f"count({letter},{''.join(word)})=?"
+    return Problem(question, str(word.count(letter)), running, question)

@@ -1,0 +1,178 @@
+"""Ray shell of a rollout engine, and all engines plus reward workers as one client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from rlhf.cluster import Cluster, gather, redirect_output, result, roles
+from rlhf.config import RunConfig
+from rlhf.models import load_tokenizer
+from rlhf.samples import Prompt, SampleGroup, ScoredGroup
+from rlhf.weight_sync.attestation import Evidence
+from rlhf.weight_sync.transports import receiver_of
+from rollouts.generator import Generator, GroupRequest
+from rollouts.rendering import Renderer
+from rollouts.vllm_engine import VllmEngine, engine_settings, environment
+
+
+class RolloutWorker:
+    """One vLLM engine in its own process. All methods are coroutines, so requests run side by side."""
+
+    def __init__(self, number: int, model_path: str, config: RunConfig, log: Path) -> None:
+        redirect_output(log)
+        self._arguments = (number, model_path, config)
+
+    async def start(self) -> None:
+        number, model_path, config = self._arguments
+        self._engine = VllmEngine(
+            model_path,
+            engine_settings(config),
+            receiver_of(config.transport),
+            config.cluster.device,
+            config.seed + number,
+        )
+        renderer = Renderer(load_tokenizer(model_path), config.max_prompt_tokens, config.model.max_context_tokens)
+        self._generator = Generator(self._engine, renderer)
+
+    async def generate(self, request: GroupRequest) -> SampleGroup:
+        return await self._generator.generate(request)
+
+    async def pause(self, clear_kv_cache: bool) -> None:
+        await self._engine.pause(clear_kv_cache)
+
+    async def resume(self) -> None:
+        await self._engine.resume()
+
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        await self._engine.init_weight_transfer(init_info)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        await self._engine.update_weights(update_info)
+
+    async def finish_weight_update(self, version: int) -> None:
+        await self._engine.finish_weight_update(version)
+
+    async def evidence(self, probe: Sequence[Sequence[int]]) -> Evidence:
+        values = await asyncio.gather(*(self._engine.prompt_logprobs(tokens) for tokens in probe))
+        return Evidence(await self._engine.weight_version(), await self._engine.weight_digests(), values)
+
+    async def shutdown(self) -> None:
+        await self._engine.shutdown()
+
+
+class RolloutClient:
+    """Engines and reward workers as one: groups go in as requests and come out scored."""
+
+    def __init__(
+        self, cluster: Cluster, config: RunConfig, model_path: Path, log_dir: Path, graders: list[ActorHandle]
+    ) -> None:
+        self._config = config
+        self._graders = graders
+        self._pending: dict[Any, int] = {}  # scored reference -> engine
+        variables = environment(config.cluster.device, config.rollouts.kv_cache_gib)
+        self.engines = [
+            ray.remote(RolloutWorker).options(max_concurrency=4096, **cluster.options(role, variables)).remote(
+                number, str(model_path), config, log_dir / f"{role.name}.log"
+            )
+            for number, role in enumerate(r for r in roles(config) if r.name.startswith("engine"))
+        ]
+        self._starting = [engine.start.remote() for engine in self.engines]
+
+    def wait_until_started(self) -> None:
+        gather(self._starting, "start of the engines", self._config.cluster.start_deadline_s)
+
+    def submit(self, request: GroupRequest) -> None:
+        """Sample on the engine with the least to do, then score; the group goes from worker to worker directly."""
+        load = [0] * len(self.engines)
+        for engine in self._pending.values():
+            load[engine] += 1
+        number = load.index(min(load))
+        group = self.engines[number].generate.remote(request)
+        grader = self._graders[len(self._pending) % len(self._graders)]
+        self._pending[grader.score.remote(group)] = number
+
+    def completed(self, timeout_s: float) -> list[ScoredGroup]:
+        """Groups that finished; waits for the first one. Empty only after `timeout_s`."""
+        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
+        more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+        finished = list(dict.fromkeys([*done, *more]))
+        for reference in finished:
+            del self._pending[reference]
+        return [result(reference, "a rollout or its reward") for reference in finished]
+
+    def run(self, requests: Sequence[GroupRequest], deadline_s: float) -> list[ScoredGroup]:
+        """All of `requests`, in order, beside whatever else is in flight."""
+        references = []
+        for number, request in enumerate(requests):
+            group = self.engines[number % len(self.engines)].generate.remote(request)
+            references.append(self._graders[number % len(self._graders)].score.remote(group))
+        return gather(references, "evaluation", deadline_s)
+
+    def pause(self) -> None:
+        clear = self._config.weight_sync.clear_kv_cache
+        self._each("pause", lambda engine: engine.pause.remote(clear))
+
+    def resume(self) -> None:
+        self._each("resume", lambda engine: engine.resume.remote())
+
+    def sleep(self) -> None:
+        self._each("sleep", lambda engine: engine.sleep.remote())
+
+    def wake(self) -> None:
+        self._each("wake", lambda engine: engine.wake.remote())
+
+    def evidence(self, probe: Sequence[Sequence[int]]) -> list[Evidence]:
+        shared = ray.put(probe)
+        return self._each("probe", lambda engine: engine.evidence.remote(shared))
+
+    def shutdown(self) -> None:
+        """Stop the engines so that nothing of theirs stays in shared memory."""
+        self._each("shutdown", lambda engine: engine.shutdown.remote())
+
+    def _each(self, what: str, call: Callable[[ActorHandle], Any]) -> list[Any]:
+        return gather([call(e) for e in self.engines], f"engines: {what}", self._config.weight_sync.deadline_s)
+
+
+class GroupDispatcher:
+    """`Dispatcher` of training groups: adds the sampling settings of the run to each prompt."""
+
+    def __init__(self, client: RolloutClient, config: RunConfig, reasoning_mode: Callable[[int], bool]) -> None:
+        """`reasoning_mode(i)` says in which mode the i-th prompt is asked."""
+        self._client = client
+        self._config = config
+        self._reasoning_mode = reasoning_mode
+        self._count = 0
+
+    def submit(self, group_id: str, prompt: Prompt) -> None:
+        rollouts = self._config.rollouts
+        number, self._count = self._count, self._count + 1
+        self._client.submit(
+            GroupRequest(
+                group_id=group_id,
+                prompt=prompt,
+                reasoning_mode=self._reasoning_mode(number),
+                samples=rollouts.group_size,
+                max_tokens=rollouts.max_completion_tokens,
+                temperature=rollouts.temperature,
+                top_p=rollouts.top_p,
+                top_k=rollouts.top_k,
+            )
+        )
+
+    def completed(self, timeout_s: float) -> list[ScoredGroup]:
+        return self._client.completed(timeout_s)

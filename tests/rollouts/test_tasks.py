@@ -1,0 +1,143 @@
+import itertools
+import math
+import re
+
+import pytest
+
+from rlhf.errors import ConfigError
+from rollouts.tasks import HELD_OUT_SHARE, TaskFamily, family_names, get_family
+
+DIFFICULTIES = range(1, 6)
+ARITHMETIC = ("addition", "subtraction", "three_term_sum", "multiplication", "modulo")
+
+
+def solve(name: str, question: str) -> int:
+    """An independent solution, from the question's text alone."""
+    body = question.removesuffix("=?")
+    if name in ARITHMETIC:
+        assert re.fullmatch(r"[0-9+\-*%]+", body)
+        return eval(body)
+    inner = body[body.index("(") + 1 : -1]
+    match name:
+        case "gcd":
+            return math.gcd(*map(int, inner.split(",")))
+        case "maximum":
+            return max(map(int, inner.split(",")))
+        case "sort_digits":
+            return int("".join(sorted(inner)))
+        case "digit_sum":
+            return sum(map(int, inner))
+        case "count_letter":
+            letter, word = inner.split(",")
+            return word.count(letter)
+    raise AssertionError(f"no independent solution for {name}")
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("name", family_names())
+def test_answers_agree_with_an_independent_solution(name, difficulty):
+    family = get_family(name)
+    for index in range(100):
+        problem = family.draw(difficulty, "train", seed=5, index=index)
+        assert int(problem.answer) == solve(name, problem.question)
+        assert problem.trace
+        assert "\n" not in problem.trace
+
+
+@pytest.mark.parametrize("name", ["addition", "subtraction", "three_term_sum", "multiplication", "gcd", "modulo"])
+def test_every_step_of_an_arithmetic_trace_is_true(name):
+    for index in range(300):
+        problem = get_family(name).draw(1 + index % 5, "train", seed=1, index=index)
+        for step in problem.trace.split(","):
+            left, right = step.split("=")
+            assert re.fullmatch(r"[0-9+\-*%]+", left)
+            assert eval(left) == int(right), problem
+
+
+@pytest.mark.parametrize("name", ["addition", "subtraction", "three_term_sum"])
+def test_column_traces_spell_the_answer_from_right_to_left(name):
+    for index in range(300):
+        problem = get_family(name).draw(1 + index % 5, "train", seed=2, index=index)
+        results = [step.split("=")[1] for step in problem.trace.split(",")]
+        spelled = results[-1] + "".join(result[-1] for result in reversed(results[:-1]))
+        assert int(spelled) == int(problem.answer), problem
+
+
+def test_difficulty_two_has_two_digit_operands():
+    for name in ("addition", "subtraction", "three_term_sum", "multiplication", "maximum"):
+        numbers = re.findall(r"\d+", get_family(name).draw(2, "train", seed=0, index=3).question)
+        assert all(len(number) == 2 for number in numbers)
+
+
+@pytest.mark.parametrize("name", ["addition", "subtraction", "three_term_sum"])
+def test_a_worked_answer_at_difficulty_two_stays_within_thirty_byte_tokens(name):
+    problems = [get_family(name).draw(2, "train", seed=0, index=index) for index in range(1000)]
+    closing = len("\n") + 1 + len("\n\n") + 1  # </think> and the end of turn are one token each
+    assert max(len(problem.trace) + closing + len(problem.answer) for problem in problems) <= 30
+
+
+def test_a_draw_is_a_pure_function_of_seed_and_index():
+    family = get_family("addition")
+    draws = [family.draw(2, "train", seed=9, index=index) for index in range(50)]
+    assert [family.draw(2, "train", seed=9, index=index) for index in reversed(range(50))] == draws[::-1]
+    assert [family.draw(2, "train", seed=8, index=index) for index in range(50)] != draws
+
+
+def test_problem_numbers_are_the_same_in_every_version():
+    family = get_family("addition")
+    draws = [family.draw(2, split, seed=0, index=7).question for split in ("train", "held_out")]
+    assert draws == ["74+82=?", "93+54=?"]
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("name", family_names())
+def test_every_family_has_problems_in_both_splits(name, difficulty):
+    for split in ("train", "held_out"):
+        problem = get_family(name).draw(difficulty, split, seed=0, index=0)
+        assert get_family(name).split_of(problem) == split
+
+
+@pytest.mark.parametrize(("name", "difficulty"), [("addition", 1), ("addition", 2), ("gcd", 1), ("sort_digits", 2)])
+def test_the_splits_are_disjoint_and_cover_the_whole_space(name, difficulty):
+    family = get_family(name)
+    train = {problem.canonical for problem in family.distinct(difficulty, "train", seed=0)}
+    held_out = {problem.canonical for problem in family.distinct(difficulty, "held_out", seed=1)}
+    everything = {family.problem(difficulty, number).canonical for number in range(family.size(difficulty))}
+    assert not train & held_out
+    assert train | held_out == everything
+
+
+def test_about_an_eighth_is_held_out():
+    family = get_family("three_term_sum")
+    splits = [family.split_of(family.problem(2, number)) for number in range(0, 729_000, 97)]
+    assert splits.count("held_out") / len(splits) == pytest.approx(HELD_OUT_SHARE, abs=0.01)
+
+
+def test_commuted_operands_are_one_problem():
+    for name in ("addition", "three_term_sum", "multiplication", "gcd", "maximum", "sort_digits", "digit_sum"):
+        family = get_family(name)
+        parameters = [5, 2, 9][: len(family.axes(1))]
+        assert len({family.pose(*order).canonical for order in itertools.permutations(parameters)}) == 1
+
+
+def test_distinct_gives_no_problem_twice():
+    problems = list(itertools.islice(get_family("three_term_sum").distinct(2, "held_out", seed=3), 2000))
+    assert len({problem.canonical for problem in problems}) == 2000
+
+
+def test_an_unknown_family_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match='families = adition: .* Did you mean "addition"'):
+        get_family("adition")
+
+
+def test_a_family_with_one_held_out_problem_among_hundreds_is_drawn_from():
+    base = get_family("addition")
+    held_out = next(base.distinct(2, "held_out", seed=0))
+    numbers = [n for n in range(800) if base.split_of(base.problem(2, n)) == "train"]
+    small = TaskFamily("addition", lambda _: (range(len(numbers) + 1),), lambda k: rare(k))
+
+    def rare(k: int):
+        return held_out if k == len(numbers) else base.problem(2, numbers[k])
+
+    assert small.draw(2, "held_out", seed=0, index=0) == held_out
+    assert list(small.distinct(2, "held_out", seed=0)) == [held_out]
