@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -70,7 +71,7 @@ def main(composed: DictConfig) -> None:
 
 def run(raw: Any, console: RunConsole) -> None:
     """Validate, show the plan and, unless it is a dry run, do it."""
-    registry.load_modules(raw.get("rewards", {}).get("modules", ()))
+    registry.load_modules((raw.get("rewards") or {}).get("modules") or ())
     config = validate(raw, reward_names=registry.names())
     train, evaluation = open_source(config.data.train), open_source(config.data.evaluation)
     console.plan(plan(config))
@@ -107,14 +108,15 @@ def start(
 ) -> Pipeline:
     """Start Ray and every worker; `stack` ends them, the last started first."""
     model = prepare_model(config.model, config.seed, run_dir / "base_model")
-    renderer = Renderer(load_tokenizer(model), config.max_prompt_tokens, config.model.max_context_tokens)
+    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+    renderer = Renderer(tokenizer, config.max_prompt_tokens, config.model.max_context_tokens)
     held_out = evaluation_prompts(evaluation, config.evaluation.prompts)
     modes = reasoning_modes(config, renderer)
-    for prompt in held_out:
-        renderer.prompt(prompt, modes[0])
-
+    check_lengths(config, renderer, train, held_out, modes)
     console.note("starting Ray, learners, engines and reward workers ...")
     cluster = stack.enter_context(Cluster(config, run_dir))
+    # Starting Ray replaced the handler with one that kills this process before it can clean up.
+    signal.signal(signal.SIGTERM, _interrupt)
     logs = run_dir / "logs"
     graders = []
     for role in roles(config):
@@ -126,14 +128,13 @@ def start(
     client.wait_until_started()
     stack.callback(client.shutdown)
 
-    stream = PromptStream(train, config.seed)
     publisher = WeightPublisher(learners, client, probe(config, renderer, held_out), config.attestation_limits)
     parts = Parts(
         learners=learners,
         publisher=publisher,
         evaluator=HeldOutEvaluator(client, held_out, config),
-        rollouts=lambda stage, ledger, algorithm: rollout_source(config, stage, ledger, algorithm, client, stream, modes),
-        examples=lambda stage: examples(config, stage, train, renderer),
+        rollouts=lambda name, ledger, algorithm: rollout_source(config, name, ledger, algorithm, client, train, modes),
+        examples=lambda name: examples(config, name, train, renderer),
         connect=lambda: learners.connect(client.engines),
         modes=modes,
         turns=EngineTurns(client) if config.cluster.placement == "colocated" else None,
@@ -143,14 +144,16 @@ def start(
 
 def rollout_source(
     config: RunConfig,
-    stage: RlStage,
+    name: str,
     ledger: Ledger,
     algorithm: Algorithm,
     client: RolloutClient,
-    stream: PromptStream,
+    source: PromptSource,
     modes: Sequence[bool],
 ) -> StalenessBuffer:
-    """The stream of scored groups of an RL stage."""
+    """The stream of scored groups of the RL stage `name`."""
+    stage = config.stages[name]
+    assert isinstance(stage, RlStage)
 
     def verdict(scored: ScoredGroup) -> Rejected | None:
         return select(scored, filter_zero_variance=algorithm.filter_zero_variance)
@@ -161,9 +164,10 @@ def rollout_source(
     rollouts = config.rollouts
     return StalenessBuffer(
         GroupDispatcher(client, config, mode),
-        iter(stream.next, None),
+        iter(PromptStream(source, stage_seed(config, name)).next, None),
         verdict,
         ledger,
+        name=name,
         prompts_per_step=stage.prompts_per_step,
         max_staleness=rollouts.max_staleness,
         total_groups=stage.steps * stage.prompts_per_step,
@@ -173,12 +177,38 @@ def rollout_source(
     )
 
 
-def examples(config: RunConfig, stage: SftStage, source: PromptSource, renderer: Renderer) -> Iterator[TokenizedExample]:
-    """The endless stream of tokenised demonstrations of an SFT stage."""
-    stream, choose = PromptStream(source, config.seed), random.Random(config.seed)
+def examples(config: RunConfig, name: str, source: PromptSource, renderer: Renderer) -> Iterator[TokenizedExample]:
+    """The endless stream of tokenised demonstrations of the SFT stage `name`."""
+    stage = config.stages[name]
+    assert isinstance(stage, SftStage)
+    seed = stage_seed(config, name)
+    stream, choose = PromptStream(source, seed), random.Random(seed)
     while True:
         reasoning_mode = renderer.supports_reasoning and choose.random() < stage.reasoning_fraction
         yield renderer.demonstration(stream.next_demonstration(), reasoning_mode)
+
+
+def check_lengths(
+    config: RunConfig,
+    renderer: Renderer,
+    train: PromptSource,
+    held_out: Sequence[Prompt],
+    modes: Sequence[bool],
+) -> None:
+    """Raises DataError for the first record that does not fit the context, now and not hours into the run."""
+    sft = any(isinstance(stage, SftStage) for stage in config.stages.values())
+    for mode in modes:
+        for prompt in held_out:
+            renderer.prompt(prompt, mode)
+        for index in range(train.size or 0):
+            renderer.prompt(train.prompt(index), mode)
+            if sft:
+                renderer.demonstration(train.demonstration(index), mode)
+
+
+def stage_seed(config: RunConfig, name: str) -> int:
+    """Each stage walks the data in its own order."""
+    return zlib.crc32(f"{config.seed}/{name}".encode())
 
 
 def reasoning_modes(config: RunConfig, renderer: Renderer) -> tuple[bool, ...]:

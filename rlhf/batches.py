@@ -8,7 +8,7 @@ policy can sample it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -114,7 +114,7 @@ def train_batch(batch: AnnotatedBatch, advantages: Tensor, token_weights: Tensor
     return TrainBatch(**_fields(batch), advantages=advantages, token_weights=token_weights)
 
 
-def supervised_batch(examples: Sequence[TokenizedExample], weigh) -> SupervisedBatch:
+def supervised_batch(examples: Sequence[TokenizedExample], weigh: Callable[[Tensor], Tensor]) -> SupervisedBatch:
     """Examples as one batch; `weigh(loss_mask) -> token_weights` is the algorithm's reduction."""
     loss_mask = pad([e.loss_mask for e in examples], torch.bool)
     return SupervisedBatch(

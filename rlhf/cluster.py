@@ -104,6 +104,8 @@ class Cluster:
         if not self._owned:
             ray.init(address=self._config.cluster.address, **quiet)
             return
+        # Ray lowers the priority of its workers by 15: any other program on the machine would starve the learners.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Ray puts unix sockets below this directory and their path may not exceed 107 bytes: keep it short.
         self._temp_dir = Path(tempfile.mkdtemp(prefix="groupwise-", dir="/tmp"))
         needed = sum(bundle.get("CPU", 0.0) for bundle in bundles(self._config))
@@ -139,16 +141,26 @@ def gather(references: Sequence[Any], what: str, deadline_s: float) -> list[Any]
 
     Raises DeadlineError after `deadline_s`, the worker's own GroupwiseError, or WorkerLostError with its traceback.
     """
+    values: dict[Any, Any] = {}
     pending, end = list(references), time.monotonic() + deadline_s
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
-        if not done:
+        finished, pending = wait_for_any(pending, end - time.monotonic())
+        if not finished:
             raise DeadlineError(
                 f"{what}: {len(pending)} of {len(references)} answers missing after {deadline_s:g} s. "
                 "The worker's log in logs/ shows what it was doing."
             )
-        result(done[0], what)
-    return [result(reference, what) for reference in references]
+        values |= {reference: result(reference, what) for reference in finished}
+    return [values[reference] for reference in references]
+
+
+def wait_for_any(references: Sequence[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:
+    """(finished, still running): waits for the first to finish and takes all that have by then; none after the time."""
+    done, pending = ray.wait(list(references), num_returns=1, timeout=max(0.0, timeout_s))
+    if not done or not pending:
+        return done, pending
+    more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+    return [*done, *more], pending
 
 
 def result(reference: Any, what: str) -> Any:

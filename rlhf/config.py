@@ -24,6 +24,8 @@ class Section(BaseModel):
 class CommonModel(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_context_tokens: Positive = 256  # prompt + completion
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of the learner
+    trust_remote_code: bool = False
 
 
 class Exaone4TinyModel(CommonModel):
@@ -31,7 +33,7 @@ class Exaone4TinyModel(CommonModel):
 
     kind: Literal["exaone4_tiny"]
     hidden_size: Positive = 128
-    intermediate_size: Positive = 384
+    intermediate_size: Positive = 256
     layers: Positive = 4
     heads: Positive = 4
     kv_heads: Positive = 2
@@ -45,8 +47,6 @@ class HuggingFaceModel(CommonModel):
     kind: Literal["hf"]
     path: str
     revision: str | None = None
-    trust_remote_code: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
 
 class SmolLM2Model(CommonModel):
@@ -68,7 +68,7 @@ class ProceduralSource(Section):
     families: tuple[str, ...] = Field(default=("addition", "subtraction", "three_term_sum"), min_length=1)
     difficulty: Annotated[int, Field(ge=1, le=5)] = 2
     split: Literal["train", "held_out"] = "train"
-    trace_fraction: Fraction = 0.4  # share of reasoning-mode demonstrations whose thinking is worked out, not empty
+    trace_fraction: Fraction = 0.5  # share of reasoning-mode demonstrations whose thinking is worked out, not empty
     seed: int = 0
 
 

@@ -31,9 +31,9 @@ Plan = Mapping[str, Rows] | Sequence[tuple[str, Rows]]
 KEY_METRICS = (
     "reward/mean",
     "rollout/completion_tokens",
-    "mismatch/kl_nats",
-    "policy/loss",
+    "policy/entropy_nats",
     "optim/grad_norm",
+    "policy/loss",
     "perf/trained_tokens_per_s",
 )
 """Shown while a stage runs, the first four there are; a stage that has none of them shows its own first four."""

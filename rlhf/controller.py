@@ -21,6 +21,7 @@ from rlhf.mismatch import mismatch_metrics
 from rlhf.phases import Phases
 from rlhf.protocols import LearnerGroup, Publisher, RolloutSource, SyncReport
 from rlhf.samples import ScoredGroup, WeightVersion
+from rlhf.selection import Arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class StepRecord:
     updates: Sequence[UpdateReport]
     sync: SyncReport
     mismatch: dict[str, float]
+    arrived: Arrivals
 
 
 @dataclass(slots=True)
@@ -73,7 +75,7 @@ class Controller:
         for group in groups:
             self.ledger.close(group.group.group_id, "trained", step)
         self.ledger.check()
-        return StepRecord(step, groups, batch, advantages, updates, sync, mismatch_metrics(batch))
+        return StepRecord(step, groups, batch, advantages, updates, sync, mismatch_metrics(batch), self.rollouts.arrived)
 
     def _update(self, batch: TrainBatch) -> UpdateReport:
         try:
@@ -99,22 +101,15 @@ def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str
     """The metrics of one step under the names of the documentation; units are in the keys."""
     batch, updates = record.batch, record.updates
     tokens = batch.loss_mask.sum(-1).float()
-    samples = [sample for group in record.groups for sample, _ in group.valued]
-    values = [value for group in record.groups for _, value in group.valued]
     trained = sum(update.trained_tokens for update in updates)
-    parts = {name for value in values for name in value.parts}
     counts = ledger.counts()
     seconds = sum(phases.step.values())
     return {
-        "reward/mean": float(batch.rewards.mean()),
-        "reward/std": float(batch.rewards.std(correction=0)),
-        **{f"reward/part/{n}": _mean([value.parts[n] for value in values if n in value.parts]) for n in sorted(parts)},
-        "reward/task": _mean([value.task for value in values]),
+        **record.arrived.metrics(),
+        "trained/groups": len(record.groups),
+        "trained/reward_mean": float(batch.rewards.mean()),
+        "trained/completion_tokens": float(tokens.mean()),
         "advantage/abs_mean": float(record.advantages.abs().mean()),
-        "rollout/completion_tokens": float(tokens.mean()),
-        "rollout/completion_tokens_max": float(tokens.max()),
-        "rollout/truncated_fraction": _mean([sample.truncated for sample in samples]),
-        "rollout/groups": len(record.groups),
         "rollout/generate_s": _mean([group.group.generate_s for group in record.groups]),
         "rollout/score_s": _mean([group.score_s for group in record.groups]),
         "staleness/mean_steps": float(batch.staleness.float().mean()),

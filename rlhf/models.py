@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Exaone4TinyModel, HuggingFaceModel, ModelConfig, SmolLM2Model
 from rlhf.errors import ConfigError
@@ -110,6 +111,7 @@ def prepare_model(config: ModelConfig, seed: int, directory: Path) -> Path:
     `smollm2_135m` is converted once into the cache; `hf` is the given directory, or the hub's local snapshot.
     Raises ConfigError for a model that cannot be built, found or downloaded.
     """
+    transformers_logging.disable_progress_bar()  # the console shows the run's own progress
     if isinstance(config, Exaone4TinyModel):
         return _prepare_exaone4_tiny(config, seed, directory)
     if isinstance(config, SmolLM2Model):
@@ -357,14 +359,16 @@ def _smollm2_gguf() -> Path:
 
 def _convert_gguf(gguf: Path, directory: Path) -> None:
     """De-quantised to float32 and saved as an ordinary Hugging Face model."""
+    # from_pretrained(gguf_file=...) would need accelerate, and a model that then forgets it was quantised.
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # save_pretrained refuses a model that it believes is still quantised.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
+    checkpoint = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model, torch_dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(checkpoint["tensors"], strict=False)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert set(missing) <= tied and not unexpected, f"{gguf}: missing {missing}, unexpected {unexpected}"
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

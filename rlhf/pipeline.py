@@ -26,14 +26,18 @@ Evaluations = dict[str, dict[str, Any]]
 
 @dataclass(slots=True)
 class Parts:
-    """Everything a pipeline drives. `rollouts(stage, ledger)` opens the source of an RL stage, `examples(stage)` the
-    endless stream of an SFT stage, `connect()` opens the weight transport once a model is loaded."""
+    """Everything a pipeline drives.
+
+    `rollouts(stage name, ...)` opens the source of an RL stage, `examples(stage name)` the endless stream of an SFT
+    stage, `connect()` the weight transport once a model is loaded. `modes` are the reasoning modes to evaluate, the
+    one that RL trains first.
+    """
 
     learners: LearnerGroup
     publisher: Publisher
     evaluator: Evaluator
-    rollouts: Callable[[RlStage, Ledger, Algorithm], RolloutSource]
-    examples: Callable[[SftStage], Iterator[TokenizedExample]]
+    rollouts: Callable[[str, Ledger, Algorithm], RolloutSource]
+    examples: Callable[[str], Iterator[TokenizedExample]]
     connect: Callable[[], None]
     modes: tuple[bool, ...]
     turns: GpuTurns | None
@@ -89,7 +93,7 @@ class Pipeline:
         self.version += 1
 
     def _sft(self, name: str, stage: SftStage, algorithm: Algorithm) -> tuple[int, int]:
-        examples, phases, tokens = self.parts.examples(stage), Phases(), 0
+        examples, phases, tokens = self.parts.examples(name), Phases(), 0
         with self.console.stage(name, stage.steps) as progress:
             for step in range(stage.steps):
                 phases.start_step()
@@ -108,7 +112,7 @@ class Pipeline:
         ledger = Ledger(self.run_dir)
         totals = RlTotals()
         controller = Controller(
-            rollouts=self.parts.rollouts(stage, ledger, algorithm),
+            rollouts=self.parts.rollouts(name, ledger, algorithm),
             learners=self.parts.learners,
             publisher=self.parts.publisher,
             algorithm=algorithm,

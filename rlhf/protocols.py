@@ -12,6 +12,7 @@ from rlhf.algorithms import Algorithm
 from rlhf.batches import RolloutBatch, SupervisedBatch, TrainBatch, UpdateReport
 from rlhf.config import OptimizerConfig
 from rlhf.evaluation import EvaluationResult
+from rlhf.selection import Arrivals
 from rlhf.samples import ScoredGroup, WeightVersion
 
 
@@ -52,6 +53,9 @@ class Publisher(Protocol):
 
 class RolloutSource(Protocol):
     """Where scored groups come from; see `StalenessBuffer`."""
+
+    arrived: Arrivals
+    """What came back during the last `take`."""
 
     sampled_tokens: int
     """Completion tokens of everything that came back so far, trained or not."""

@@ -2,10 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
 from typing import Literal
 
+from rlhf.evaluation import thinks
 from rlhf.samples import Abstained, RewardFailed, ScoredGroup
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """Everything that came back scored between two steps, trained or not: the sampler's own averages.
+
+    The groups that train are a selection (never all correct, say), so their mean reward says nothing about the policy.
+    """
+
+    groups: int = 0
+    zero_variance: int = 0
+    rewards: list[float] = field(default_factory=list)
+    tasks: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    completion_tokens: list[int] = field(default_factory=list)
+    truncated: int = 0
+    thinking: int = 0
+    abstained: int = 0
+    failed: int = 0
+
+    def add(self, scored: ScoredGroup) -> None:
+        values = [outcome for _, outcome in scored.valued]
+        self.groups += 1
+        self.zero_variance += len({outcome.value for outcome in values}) == 1
+        self.rewards += [outcome.value for outcome in values]
+        self.tasks += [outcome.task for outcome in values]
+        for name, value in (item for outcome in values for item in outcome.parts.items()):
+            self.parts.setdefault(name, []).append(value)
+        self.completion_tokens += [sample.completion_tokens for sample in scored.group.samples]
+        self.truncated += sum(sample.truncated for sample in scored.group.samples)
+        self.thinking += sum(thinks(sample) for sample in scored.group.samples)
+        self.abstained += sum(isinstance(outcome, Abstained) for outcome in scored.outcomes)
+        self.failed += sum(isinstance(outcome, RewardFailed) for outcome in scored.outcomes)
+
+    def metrics(self) -> dict[str, float]:
+        samples = len(self.completion_tokens)
+        if not samples:
+            return {}
+        out = {
+            "rollout/groups": self.groups,
+            "rollout/samples": samples,
+            "rollout/zero_variance_fraction": self.zero_variance / self.groups,
+            "rollout/completion_tokens": sum(self.completion_tokens) / samples,
+            "rollout/completion_tokens_max": max(self.completion_tokens),
+            "rollout/truncated_fraction": self.truncated / samples,
+            "rollout/thinks_fraction": self.thinking / samples,
+            "reward/abstained": self.abstained,
+            "reward/failed": self.failed,
+        }
+        if self.rewards:
+            out |= {"reward/mean": fmean(self.rewards), "reward/std": pstdev(self.rewards)}
+            out |= {"reward/task": fmean(self.tasks)}
+            out |= {f"reward/part/{name}": fmean(values) for name, values in sorted(self.parts.items())}
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +84,15 @@ def select(scored: ScoredGroup, *, filter_zero_variance: bool, minimum: int = 2)
     if any(sample.completion_tokens == 0 for sample, _ in scored.valued):
         return Rejected("filtered", "empty_completion")
     if filter_zero_variance and max(values) == min(values):
-        return Rejected("filtered", "all_correct" if _solved(scored) else "all_wrong")
+        return Rejected("filtered", _equal_rewards(scored))
     return None
 
 
-def _solved(scored: ScoredGroup) -> bool:
-    return all(outcome.task > 0 for _, outcome in scored.valued)
+def _equal_rewards(scored: ScoredGroup) -> str:
+    """Why all rewards are equal; shaping can make those of right and wrong samples meet."""
+    solved = [outcome.task > 0 for _, outcome in scored.valued]
+    return "all_correct" if all(solved) else "mixed_equal" if any(solved) else "all_wrong"
 
 
-def _first(scored: ScoredGroup, kind: type) -> str:
+def _first(scored: ScoredGroup, kind: type[Abstained] | type[RewardFailed]) -> str:
     return next(outcome.component for outcome in scored.outcomes if isinstance(outcome, kind))

@@ -96,8 +96,10 @@ def _crossing(sections: Mapping[str, Any], reward_names: Sequence[str] | None) -
     return problems + rules.check(known)
 
 
-def _valid_sections(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _valid_sections(raw: Any) -> dict[str, Any]:
     """The sections that hold on their own, those left out at their defaults; of `stages` each stage that does."""
+    if not isinstance(raw, Mapping):
+        return {}
     sections = {}
     for name, field in RunConfig.model_fields.items():
         if name == "stages":

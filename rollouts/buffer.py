@@ -13,7 +13,7 @@ from typing import Protocol
 from rlhf.errors import DeadlineError, GroupwiseError, RewardFailureError
 from rlhf.ledger import Ledger
 from rlhf.samples import Prompt, RewardFailed, ScoredGroup
-from rlhf.selection import Rejected
+from rlhf.selection import Arrivals, Rejected
 
 
 class Dispatcher(Protocol):
@@ -36,6 +36,7 @@ class StalenessBuffer:
         select: Callable[[ScoredGroup], Rejected | None],
         ledger: Ledger,
         *,
+        name: str,
         prompts_per_step: int,
         max_staleness: int,
         total_groups: int,
@@ -43,11 +44,12 @@ class StalenessBuffer:
         error_budget: float,
         deadline_s: float,
     ) -> None:
-        """`total_groups` is what the stage will train in all: no group is dispatched that could not be trained."""
+        """`name` begins every group id. `total_groups` is what the stage trains in all: no more are ever dispatched."""
         self._dispatcher = dispatcher
         self._prompts = prompts
         self._select = select
         self._ledger = ledger
+        self._name = name
         self._per_step = prompts_per_step
         self._max_staleness = max_staleness
         self._untaken = total_groups
@@ -55,7 +57,8 @@ class StalenessBuffer:
         self._error_budget = error_budget
         self._deadline_s = deadline_s
         self._waiting: dict[str, ScoredGroup | None] = {}  # by age; None while in flight
-        self._scored = self._failed = self._dispatched = self._number = 0
+        self._dispatched = self._number = 0
+        self.arrived = Arrivals()
         self.sampled_tokens = 0
 
     @property
@@ -68,7 +71,7 @@ class StalenessBuffer:
         Fewer, but at least one, when `max_dispatch_factor` times as many prompts were tried. Raises GroupwiseError when
         none of those was trainable, RewardFailureError above the error budget, DeadlineError when nothing comes back.
         """
-        self._dispatched = self._scored = self._failed = 0
+        self._dispatched, self.arrived = 0, Arrivals()
         while True:
             self._fill(version)
             groups = self._oldest_ready()
@@ -87,7 +90,7 @@ class StalenessBuffer:
             and len(self._waiting) < self._untaken
             and self._dispatched < self._max_dispatch
         ):
-            group_id = f"g{self._number:06d}"
+            group_id = f"{self._name}-{self._number:06d}"
             self._number += 1
             self._dispatched += 1
             self._ledger.dispatch(group_id, version)
@@ -113,8 +116,7 @@ class StalenessBuffer:
 
     def _receive(self, scored: ScoredGroup) -> None:
         failures = [outcome for outcome in scored.outcomes if isinstance(outcome, RewardFailed)]
-        self._scored += len(scored.outcomes)
-        self._failed += len(failures)
+        self.arrived.add(scored)
         self.sampled_tokens += sum(sample.completion_tokens for sample in scored.group.samples)
         group_id = scored.group.group_id
         rejected = self._select(scored)
@@ -123,8 +125,8 @@ class StalenessBuffer:
         else:
             self._ledger.close(group_id, rejected.state, rejected.detail)
             del self._waiting[group_id]
-        samples_of_a_step = self._per_step * len(scored.outcomes)
-        if failures and self._failed > self._error_budget * max(self._scored, samples_of_a_step):
+        of_a_step = max(self.arrived.groups, self._per_step) * len(scored.outcomes)
+        if failures and self.arrived.failed > self._error_budget * of_a_step:
             raise RewardFailureError(self._over_budget(scored, failures[0]))
 
     def _checked(self, group: ScoredGroup, version: int) -> ScoredGroup:
@@ -136,7 +138,8 @@ class StalenessBuffer:
         number = scored.outcomes.index(failure)
         sample = scored.group.samples[number]
         return (
-            f"rewards.error_budget = {self._error_budget}: {self._failed} of {self._scored} rewards of this step failed. "
+            f"rewards.error_budget = {self._error_budget}: {self.arrived.failed} of "
+            f"{len(self.arrived.completion_tokens)} rewards of this step failed. "
             f"First: reward {failure.component!r} on sample {sample.sample_id} (prompt "
             f"{scored.group.prompt.prompt_id}), {failure.attempts} attempt(s): {failure.message}\n"
             f"completion: {sample.completion!r}\nanswer: {scored.group.prompt.answer!r}\n{failure.traceback}"

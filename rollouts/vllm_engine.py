@@ -154,7 +154,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "tensor_parallel_size": rollouts.tensor_parallel_size,
         "max_num_seqs": rollouts.max_concurrent_samples,
         "enable_prefix_caching": rollouts.prefix_caching,
-        "trust_remote_code": getattr(config.model, "trust_remote_code", False),
+        "trust_remote_code": config.model.trust_remote_code,
     }
     if config.cluster.device == "cpu":
         return {**settings, "enforce_eager": True}

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from rlhf.cluster import Cluster, gather, redirect_output, result, roles
+from rlhf.cluster import Cluster, gather, redirect_output, result, roles, wait_for_any
 from rlhf.config import RunConfig
 from rlhf.models import load_tokenizer
 from rlhf.samples import Prompt, SampleGroup, ScoredGroup
@@ -37,7 +37,8 @@ class RolloutWorker:
             config.cluster.device,
             config.seed + number,
         )
-        renderer = Renderer(load_tokenizer(model_path), config.max_prompt_tokens, config.model.max_context_tokens)
+        tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
+        renderer = Renderer(tokenizer, config.max_prompt_tokens, config.model.max_context_tokens)
         self._generator = Generator(self._engine, renderer)
 
     async def generate(self, request: GroupRequest) -> SampleGroup:
@@ -108,9 +109,7 @@ class RolloutClient:
 
     def completed(self, timeout_s: float) -> list[ScoredGroup]:
         """Groups that finished; waits for the first one. Empty only after `timeout_s`."""
-        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
-        more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
-        finished = list(dict.fromkeys([*done, *more]))
+        finished, _ = wait_for_any(list(self._pending), timeout_s)
         for reference in finished:
             del self._pending[reference]
         return [result(reference, "a rollout or its reward") for reference in finished]

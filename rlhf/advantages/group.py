@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def group_mean_centred(rewards: Tensor, group_index: Tensor, *, scale_by_std: bool = False, eps: float = 1e-6) -> Tensor:
+def group_mean_centred(
+    rewards: Tensor, group_index: Tensor, *, scale_by_std: bool = False, eps: float = 1e-6
+) -> Tensor:
     """`A_i = r_i - mean(r of i's group)`, divided by `std + eps` of the group when `scale_by_std`.
 
     `rewards` float [N]; `group_index` int64 [N], equal for samples of one prompt. Returns [N], without gradient.
@@ -32,6 +34,6 @@ def group_mean_centred(rewards: Tensor, group_index: Tensor, *, scale_by_std: bo
 
 
 def _all_equal_in_group(rewards: Tensor, index: Tensor, groups: int) -> Tensor:
-    low = torch.full((groups,), float("inf"), dtype=rewards.dtype).scatter_reduce_(0, index, rewards, "amin")
-    high = torch.full((groups,), float("-inf"), dtype=rewards.dtype).scatter_reduce_(0, index, rewards, "amax")
+    low = rewards.new_full((groups,), float("inf")).scatter_reduce_(0, index, rewards, "amin")
+    high = rewards.new_full((groups,), float("-inf")).scatter_reduce_(0, index, rewards, "amax")
     return (low == high)[index]

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -47,6 +48,6 @@ class Algorithm(BaseModel):
         """Advantages [N] of all samples of one rollout step."""
         raise TypeError(f"{type(self).__name__} trains without rewards and has no advantages")
 
-    def token_weights(self, loss_mask: Tensor) -> Tensor:
+    def token_weights(self, loss_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Reduction weights [N, T] of one optimiser step."""
-        return token_weights(loss_mask, self.reduction)
+        return token_weights(loss_mask, self.reduction, dtype=dtype)

@@ -13,7 +13,7 @@ from rlhf.algorithms.registry import register
 from rlhf.batches import AnnotatedBatch, Rows, TrainBatch
 from rlhf.losses.correction import icepop
 from rlhf.losses.policy import clipped, clipped_surrogate
-from rlhf.losses.reduce import Reduction
+from rlhf.losses.reduce import ReductionByLength
 
 
 @register("grpo_icepop")
@@ -35,7 +35,7 @@ class GrpoIcePop(Algorithm):
     icepop_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     icepop_high: Annotated[float, Field(ge=1.0)] = 5.0
     scale_by_std: bool = False
-    reduction: Reduction = "sequence_mean"
+    reduction: ReductionByLength = "sequence_mean"
 
     def advantages(self, batch: AnnotatedBatch) -> Tensor:
         return group_mean_centred(batch.rewards, batch.group_index, scale_by_std=self.scale_by_std)

@@ -19,8 +19,10 @@ def register(name: str) -> Callable[[type[Algorithm]], type[Algorithm]]:
     """Class decorator: `@register("grpo_icepop")`. A name can be taken once."""
 
     def add(algorithm: type[Algorithm]) -> type[Algorithm]:
-        if name in _algorithms and _algorithms[name].__qualname__ != algorithm.__qualname__:
-            raise ValueError(f"algorithm {name!r} is already registered by {_algorithms[name].__module__}")
+        taken = _algorithms.get(name, algorithm)
+        # A module that is imported again registers the same class again; a copied file with the old name does not.
+        if (taken.__module__, taken.__qualname__) != (algorithm.__module__, algorithm.__qualname__):
+            raise ValueError(f"algorithm {name!r} is already registered by {taken.__module__}")
         _algorithms[name] = algorithm
         return algorithm
 
@@ -47,5 +49,6 @@ def build(name: str, hyperparameters: Mapping[str, Any]) -> Algorithm:
     if name not in names():
         near = get_close_matches(name, names(), n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError([f"algorithm.name = {name}: must be a registered algorithm. {hint}Known: {', '.join(names())}."])
+        known = ", ".join(names())
+        raise ConfigError([f"algorithm.name = {name}: must be a registered algorithm. {hint}Known: {known}."])
     return _algorithms[name](**hyperparameters)

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf.algorithms.base import Algorithm, Needs, TokenLoss
 from rlhf.algorithms.registry import register
 from rlhf.batches import Rows
-from rlhf.losses.reduce import Reduction
+from rlhf.losses.reduce import ReductionByLength
 
 
 @register("sft")
@@ -17,7 +17,7 @@ class Sft(Algorithm):
     """`L = -(1/L) sum_t log pi(o_t | .)` over the completion tokens of the batch, each token with the same weight."""
 
     needs: ClassVar[Needs] = Needs()
-    reduction: Reduction = "token_mean"
+    reduction: ReductionByLength = "token_mean"
 
     def token_loss(self, logprobs: Tensor, batch: Rows) -> TokenLoss:
         return TokenLoss(-logprobs)

@@ -22,7 +22,9 @@ def clipped_surrogate(
 
 
 @torch.no_grad()
-def clipped(logprobs: Tensor, proximal_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+def clipped(
+    logprobs: Tensor, proximal_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
     """1.0 where `clipped_surrogate` has no gradient because the clip is active, else 0.0. [B, T]."""
     ratio = torch.exp(logprobs - proximal_logprobs)
     advantages = per_token(advantages, logprobs)

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["sequence_sum", "sequence_mean", "token_mean", "fixed_length"]
+ReductionByLength = Literal["sequence_sum", "sequence_mean", "token_mean"]
+"""Those that need no constant: what an algorithm without a field for C may offer."""
 
 
-def token_weights(loss_mask: Tensor, reduction: Reduction, *, fixed_length: int | None = None) -> Tensor:
+def token_weights(
+    loss_mask: Tensor, reduction: Reduction, *, fixed_length: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Weights [N, T] for all N rows of one optimiser step, from their `loss_mask` bool [N, T]; zero off the mask.
 
     With `T_i` the masked tokens of row i and `L` their sum: `sequence_sum` 1/N, `sequence_mean` 1/(N T_i),
     `token_mean` 1/L, `fixed_length` 1/(N C). A row without masked tokens counts in N and contributes nothing.
     """
-    mask = loss_mask.to(torch.float32)
+    mask = loss_mask.to(dtype)
     rows, lengths = mask.shape[0], mask.sum(-1, keepdim=True)
     if reduction == "sequence_sum":
         return mask / rows

@@ -34,6 +34,7 @@ def micro_batch_count(rows: int, ranks: int, micro_batch_size: int) -> int:
 
 def micro_batches(batch: R, micro_batch_size: int, count: int) -> Iterator[tuple[Tensor, R]]:
     """`count` pairs (row indices [B], rows), longest rows first; ones past the end are idle rows without any weight."""
+    assert len(batch) <= count * micro_batch_size, f"{len(batch)} rows, room for {count} x {micro_batch_size}"
     order = torch.argsort(batch.lengths, descending=True, stable=True)
     for number in range(count):
         index = order[number * micro_batch_size : (number + 1) * micro_batch_size]

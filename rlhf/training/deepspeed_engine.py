@@ -64,8 +64,9 @@ class DeepSpeedEngine:
         policy = load_policy(
             model_path,
             model.dtype,
-            attention=getattr(model, "attention", "sdpa"),
+            attention=model.attention,
             gradient_checkpointing=training.gradient_checkpointing,
+            trust_remote_code=model.trust_remote_code,
         )
         # Keys that share one tensor (tied embeddings) are all sent to engines: some reload them one by one.
         self.state_names = list(policy.state_dict().keys())

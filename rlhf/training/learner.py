@@ -72,9 +72,10 @@ class Learner:
         out = torch.zeros(batch.token_ids.shape)
         for index, rows in micro_batches(batch, self._micro_batch_size, micro_batches_run):
             logits = self.engine.logits(rows.token_ids, rows.lengths)
-            values = token_logprobs(logits, rows.token_ids.to(logits.device), temperature=self._temperature).cpu()
+            token_ids, mask = rows.token_ids.to(logits.device), rows.loss_mask.to(logits.device)
+            values = token_logprobs(logits, token_ids, mask, temperature=self._temperature)
             if len(index):
-                out[index, : values.shape[1]] = values * rows.loss_mask
+                out[index, : values.shape[1]] = values.cpu()
         return out
 
     def update(self, batch: TrainBatch | SupervisedBatch, micro_batches_run: int) -> RankReport:
@@ -105,13 +106,14 @@ class Learner:
         rows = _to(rows, self.engine.device)
         temperature = self._temperature if self.algorithm.needs.rollouts else 1.0
         logits = self.engine.logits(rows.token_ids, rows.lengths)
-        logprobs = token_logprobs(logits, rows.token_ids, temperature=temperature)
+        tokens = (rows.token_ids, rows.loss_mask)
+        logprobs = token_logprobs(logits, *tokens, temperature=temperature)
         token_loss = self.algorithm.token_loss(logprobs, rows)
-        metrics.add("policy/entropy_nats", token_entropy(logits.detach(), temperature=temperature), rows.loss_mask)
+        metrics.add("policy/entropy_nats", token_entropy(logits, *tokens, temperature=temperature), rows.loss_mask)
         metrics.add("policy/nll_nats", -logprobs, rows.loss_mask)
         for name, values in token_loss.metrics.items():
             metrics.add(name, values, rows.loss_mask)
-        # A token off the mask may hold inf or NaN (its log-prob means nothing): select, never multiply by zero.
+        # What an algorithm computes off the mask means nothing and may be inf or NaN: select, never multiply by zero.
         masked = torch.where(rows.loss_mask, token_loss.loss, torch.zeros_like(token_loss.loss))
         return (masked * rows.token_weights).sum()
 

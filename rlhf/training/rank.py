@@ -47,8 +47,7 @@ class LearnerRank:
     def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: Algorithm) -> None:
         """Start a stage: the weights at `model_path`, a fresh optimiser and the stage's algorithm."""
         config = self._config
-        if self._engine is not None:
-            self._engine.close()
+        self.close()
         self._model_path = model_path
         self._engine = DeepSpeedEngine(model_path, config.model, config.training, optimizer, config.cluster.device)
         self._learner = Learner(
@@ -104,8 +103,15 @@ class LearnerRank:
                 tensors |= {name: tensor.cpu() for name, tensor in group.items()}
         if self._number == 0:
             assert self._model_path is not None
+            trusted = self._config.model.trust_remote_code
             self._loaded.module.save_pretrained(directory, state_dict=tensors)
-            load_tokenizer(self._model_path).save_pretrained(directory)
+            load_tokenizer(self._model_path, trust_remote_code=trusted).save_pretrained(directory)
+
+    def close(self) -> None:
+        """Free the model and its optimiser."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     @property
     def _loaded(self) -> DeepSpeedEngine:

@@ -6,7 +6,7 @@ the wrong place, a tied head left old), which shows in the log-probs of a fixed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one side shows: its version, digests by tensor name for each worker, probe log-probs (one array a sequence)."""
+    """What one side shows: version, digests by tensor name for each worker, probe log-probs (one array a sequence)."""
 
     version: int
     digests: Sequence[Mapping[str, str]]
@@ -41,7 +41,7 @@ def attest(learner: Evidence, engines: Sequence[Evidence], limits: tuple[float, 
         if not found and (gap[0] > limits[0] or gap[1] > limits[1] or not np.isfinite(gap[1])):
             found.append(
                 f"checksums agree, but probe log-probs differ by {gap[0]:.3g} nats on average (limit {limits[0]:.3g}) "
-                f"and {gap[1]:.3g} at most (limit {limits[1]:.3g}): the weights arrived and are not what it computes with"
+                f"and {gap[1]:.3g} at most (limit {limits[1]:.3g}): the weights arrived and are not in use"
             )
         if len(found) > _SHOWN:
             found = [*found[:_SHOWN], f"and {len(found) - _SHOWN} more tensors"]
@@ -58,13 +58,15 @@ def probe_gap(learner: Sequence[Sequence[float]], engine: Sequence[Sequence[floa
     return float(differences.mean()), float(differences.max())
 
 
-def _version_problems(learner: Evidence, engine: Evidence):
+def _version_problems(learner: Evidence, engine: Evidence) -> Iterator[str]:
     if engine.version != learner.version:
         yield f"reports weight version {engine.version}, the learner published {learner.version}"
 
 
-def _tensor_problems(learner: Evidence, engine: Evidence):
+def _tensor_problems(learner: Evidence, engine: Evidence) -> Iterator[str]:
     [expected] = learner.digests
+    if not expected:
+        yield "was sent nothing: the transport has not read the learner's weights"
     for worker, received in enumerate(engine.digests):
         where = f" (tensor-parallel worker {worker})" if len(engine.digests) > 1 else ""
         for name, digest in expected.items():
@@ -72,5 +74,5 @@ def _tensor_problems(learner: Evidence, engine: Evidence):
                 yield f"tensor {name} never arrived{where}"
             elif received[name] != digest:
                 yield f"tensor {name} arrived as {received[name]}, the learner holds {digest}{where}"
-        for name in received.keys() - expected.keys():
+        for name in sorted(received.keys() - expected.keys()):
             yield f"tensor {name} arrived but the learner does not hold it{where}"

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Eight bytes count as two elements: a flipped sign is 2^63, and an even number of those cancels in a 64-bit sum.
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """Digest of dtype, shape and every bit of `tensor`, equal on any device.
 
     A sum modulo 2^64 of element bits times odd, position-dependent multipliers. Odd numbers are invertible, so a change
-    of any single element always changes the digest; the positions make swaps show. Not meant against an adversary.
+    of any single element (up to four bytes wide) always changes the digest; the positions make swaps show. Not meant
+    against an adversary.
     """
     flat = tensor.detach().contiguous().view(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
     total = 0

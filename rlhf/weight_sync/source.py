@@ -60,7 +60,7 @@ class ZeroWeightSource:
         for names in self._groups:
             with self._parameters.full_parameters(names) as tensors:
                 # The gathered storage is given back when the context closes, a transport may still be sending.
-                group = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+                group = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
             self.digests |= {name: tensor_digest(tensor) for name, tensor in group.items()}
             yield group
 

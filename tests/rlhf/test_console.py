@@ -34,11 +34,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def figures(pass_at_1: float, **more: float) -> dict[str, float]:
     shape = {"completion_tokens_mean": 9.43, "truncated_fraction": 0.002, "thinks_fraction": 0.331, "unscored": 0}
-    return {"greedy": 0.9, "pass@1": pass_at_1, "pass@1_stderr": 0.012, "pass@10": 0.97, "n_prompts": 400, **shape, **more}
+    return {
+        "greedy": 0.9,
+        "pass@1": pass_at_1,
+        "pass@1_stderr": 0.012,
+        "pass@10": 0.97,
+        "n_prompts": 400,
+        **shape,
+        **more,
+    }
 
 
 def test_the_plan_shows_every_section_and_value(stream: io.StringIO) -> None:
-    RunConsole(stream).plan({"run": {"seed": 0, "dry run": False}, "stages": [("sft", "600 steps"), ("tags", ("a", "b"))]})
+    RunConsole(stream).plan(
+        {"run": {"seed": 0, "dry run": False}, "stages": [("sft", "600 steps"), ("tags", ("a", "b"))]}
+    )
     lines = [line.split() for line in stream.getvalue().splitlines()]
     assert lines[0] == ["run", "seed", "0"]
     assert lines[1] == ["dry", "run", "no"]

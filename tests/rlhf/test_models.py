@@ -140,7 +140,7 @@ def test_sizes_that_do_not_fit_are_reported_together():
 
 
 def test_an_unknown_dtype_is_refused(model_path):
-    with pytest.raises(ConfigError, match="model.dtype = float16: must be float32 or bfloat16"):
+    with pytest.raises(ConfigError, match=r"model\.dtype = float16: must be float32 or bfloat16"):
         load_policy(model_path, "float16")
 
 
@@ -276,7 +276,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
 
 def test_a_failed_download_is_a_configuration_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="the download of nobody/nothing failed: .* Check the name, the network"):
+    with pytest.raises(ConfigError, match=r"the download of nobody/nothing failed: .* Check the name, the network"):
         prepare_model(hugging_face("nobody/nothing"), 0, tmp_path / "model")
 
 

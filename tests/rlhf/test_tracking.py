@@ -109,13 +109,14 @@ def test_a_row_with_other_columns_is_a_mistake_of_ours(tmp_path: Path) -> None:
 
 
 def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:
-    code = f"""
+    code = """
         import sys
         from pathlib import Path
         from rlhf.config import TrackingConfig
         from rlhf.tracking import Tracker
-        tracker = Tracker(TrackingConfig.model_validate({{"wandb": {{"mode": "disabled"}}}}), Path({str(tmp_path)!r}), {{}}, "v")
-        tracker.log({{"a": 1}}, stage="rl", step=0)
+        config = TrackingConfig.model_validate({"wandb": {"mode": "disabled"}})
+        tracker = Tracker(config, Path("run"), {}, "v")
+        tracker.log({"a": 1}, stage="rl", step=0)
         tracker.close(ok=True)
         assert "wandb" not in sys.modules
     """
@@ -131,7 +132,8 @@ OFFLINE_RUN = """
     for stage in ("sft", "rl"):
         for step in range(3):
             tracker.log({"policy/loss": 1.0 / (step + 1)}, stage=stage, step=step)
-    row = dict.fromkeys(SAMPLE_COLUMNS, "x") | {"reward": 0.5, "parts": {"math": 1.0}, "correct": True, "advantage": None}
+    row = dict.fromkeys(SAMPLE_COLUMNS, "x")
+    row |= {"reward": 0.5, "parts": {"math": 1.0}, "correct": True, "advantage": None}
     tracker.log_samples([row], stage="rl", step=2)
     tracker.summary({"pass@1": 0.5})
     tracker.close(ok=True)

@@ -148,7 +148,7 @@ def test_the_seed_of_a_stream_changes_its_prompts(records):
 
 def test_a_stream_refuses_the_state_of_another_source_or_seed(records):
     state = PromptStream(open_source(records(count=7)), seed=0).state_dict()
-    with pytest.raises(DataError, match="data source .* must be the one of the checkpoint"):
+    with pytest.raises(DataError, match=r"data source .* must be the one of the checkpoint"):
         PromptStream(open_source(records(count=8)), seed=0).load_state_dict(state)
     with pytest.raises(DataError, match="seed of the prompt stream must be"):
         PromptStream(open_source(records(count=7)), seed=1).load_state_dict(state)
@@ -172,5 +172,5 @@ def test_demonstrations_of_a_file_are_split_into_reasoning_and_content(records):
 
 def test_demonstrations_need_a_completion_column(records):
     source = open_source(records(columns=Columns(prompt="q", answer="a")))
-    with pytest.raises(DataError, match="columns.completion must be set for SFT"):
+    with pytest.raises(DataError, match=r"columns\.completion must be set for SFT"):
         source.demonstration(0)

@@ -149,7 +149,7 @@ def test_the_end_of_turn_is_the_token_the_template_writes():
 
 def test_a_prompt_the_template_refuses_is_named(renderer):
     prompt = Prompt("p:3", ({"role": "critic", "content": "hm"},), "", "math")
-    with pytest.raises(DataError, match="prompt p:3: must fit the model's chat template. It says: role critic"):
+    with pytest.raises(DataError, match=r"prompt p:3: must fit the model's chat template\. It says: role critic"):
         renderer.prompt(prompt, True)
 
 

@@ -1,0 +1,57 @@
+"""Same numbers whatever the layout: real DeepSpeed, ZeRO 1-3, 1 and 2 ranks, micro-batches of 1, 2 and 8 rows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import Exaone4TinyModel
+from rlhf.models import prepare_model
+from rlhf.weight_sync.transports import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.integration
+
+
+def figures(model: Path, ranks: int) -> dict[tuple[int, int, int, str], list[list[float]]]:
+    """(zero stage, ranks, micro-batch size, algorithm) -> (loss, gradient norm) of three steps."""
+    port = str(free_port())
+    command = [sys.executable, str(Path(__file__).with_name("layout_rank.py"))]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), port, str(model)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [p.returncode for p in processes] == [0] * ranks, "\n".join(o[-3000:] for o in outputs)
+    lines = [line.split("RESULT ", 1)[1] for line in outputs[0].splitlines() if "RESULT " in line]
+    return {(z, r, m, name): values for z, r, m, name, values in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def all_figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int, str], list[list[float]]]:
+    config = Exaone4TinyModel(kind="exaone4_tiny", hidden_size=32, intermediate_size=64, heads=2, kv_heads=1)
+    model = prepare_model(config, 0, tmp_path_factory.mktemp("model") / "tiny")
+    return figures(model, 1) | figures(model, 2)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo_icepop"])
+def test_losses_and_gradient_norms_do_not_depend_on_the_layout(all_figures, algorithm):
+    ours = {key: values for key, values in all_figures.items() if key[3] == algorithm}
+    assert len(ours) == 18
+    reference = ours[1, 1, 8, algorithm]
+    for key, values in ours.items():
+        for (loss, norm), (expected_loss, expected_norm) in zip(values, reference, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=1e-5), key
+            assert norm == pytest.approx(expected_norm, rel=1e-5, abs=1e-5), key
+    assert len({round(norm, 6) for _, norm in reference}) == 3, "three steps must do three different things"

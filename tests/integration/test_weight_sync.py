@@ -1,0 +1,216 @@
+"""A real vLLM engine and a real DeepSpeed ZeRO-3 learner in one process: honest syncs pass, sabotaged ones are named."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.algorithms import build
+from rlhf.batches import supervised_batch
+from rlhf.config import RunConfig
+from rlhf.errors import AttestationError
+from rlhf.models import prepare_model
+from rlhf.samples import TokenizedExample
+from rlhf.training.deepspeed_engine import environment as learner_environment
+from rlhf.training.rank import LearnerRank
+from rlhf.weight_sync.attestation import Evidence
+from rlhf.weight_sync.publisher import WeightPublisher
+from rlhf.weight_sync.transports import RayTransport, free_port, open_transport
+from rollouts.engine import SamplingRequest
+from rollouts.vllm_engine import VllmEngine, engine_settings
+from rollouts.vllm_engine import environment as engine_environment
+
+pytestmark = pytest.mark.integration
+
+PROBE = [[20 + (7 * i + 13 * j) % 200 for i in range(24)] for j in range(3)]
+
+
+class InProcessEngine:
+    """Control calls of the sync, made on one engine whose event loop runs in a thread of its own."""
+
+    def __init__(self, make_engine) -> None:
+        self.version = 0
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+        async def make():
+            return make_engine()
+
+        self.engine = self.do(make())
+
+    def do(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=120)
+
+    def init_weight_transfer_engine(self, init_info):
+        self.do(self.engine.init_weight_transfer(init_info))
+
+    def start_weight_update(self):
+        self.do(self.engine.start_weight_update())
+
+    def update_weights(self, update_info):
+        self.do(self.engine.update_weights(update_info))
+
+    def finish_weight_update(self, weight_version=None):
+        self.do(self.engine.finish_weight_update(self.version))
+
+    def pause(self):
+        self.do(self.engine.pause(True))
+
+    def resume(self):
+        self.do(self.engine.resume())
+
+    def evidence(self, probe):
+        values = [self.do(self.engine.prompt_logprobs(tokens)) for tokens in probe]
+        return [Evidence(self.do(self.engine.weight_version()), self.do(self.engine.weight_digests()), values)]
+
+
+class Stack:
+    """Learner and engine over the same tiny model, connected by a transport that a test may replace."""
+
+    def __init__(self, directory: Path, tied: bool) -> None:
+        self.config = run_config(tied)
+        model = prepare_model(self.config.model, 0, directory / "model")
+        settings = engine_settings(self.config)
+        self.client = InProcessEngine(lambda: VllmEngine(str(model), settings, "ray", "cpu", 0))
+        self.learner = LearnerRank(0, self.config)
+        if not torch.distributed.is_initialized():
+            self.learner.join("127.0.0.1", free_port())
+        self.algorithm = build("sft", {})
+        self.learner.load(model, self.config.stages["sft"].optimizer, 100, self.algorithm)
+        self.learner.connect(self.client)
+        self.version = 0
+
+    def train(self) -> None:
+        """One large optimiser step, so that old and new weights cannot be mistaken for one another."""
+        token_ids = torch.arange(20, 60).numpy().astype("int32")
+        example = TokenizedExample(token_ids, token_ids > 25)
+        self.learner.update(supervised_batch([example], self.algorithm.token_weights), 1)
+
+    def publish(self, transport=None):
+        if transport is not None:
+            self.learner._transport = transport(self.client, self.learner._source, 0, self.config)
+        self.version += 1
+        publisher = WeightPublisher(self.learner, self.client, PROBE, self.config.attestation_limits)
+        return publisher.publish(self.version)
+
+    def honest(self):
+        return self.publish(lambda *arguments: open_transport(*arguments))
+
+
+def run_config(tied: bool) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "experiment": "sync",
+            "model": {"kind": "exaone4_tiny", "max_context_tokens": 128, "tie_word_embeddings": tied},
+            "data": {"train": {"kind": "procedural"}, "evaluation": {"kind": "procedural"}},
+            "stages": {"sft": {"kind": "sft", "steps": 100, "optimizer": {"learning_rate": 0.01}}},
+            "algorithm": {"name": "grpo_icepop"},
+            "rewards": {"components": {"math": {}}},
+            "training": {"ranks": 1, "zero_stage": 3},
+        }
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def stack(request, tmp_path_factory):
+    os.environ.update(engine_environment("cpu", 1.0) | learner_environment("cpu", 1))
+    stack = Stack(tmp_path_factory.mktemp("sync"), request.param)
+    yield stack
+    stack.learner.close()
+    stack.client.do(stack.client.engine.shutdown())
+
+
+class SkipsOneTensor(RayTransport):
+    def send_group(self, group):
+        super().send_group({k: v for k, v in group.items() if k != "model.layers.1.mlp.down_proj.weight"})
+
+
+class AltersOneElement(RayTransport):
+    def send_group(self, group):
+        if "model.layers.2.self_attn.o_proj.weight" in group:
+            group["model.layers.2.self_attn.o_proj.weight"][3, 5] += 1e-3
+        super().send_group(group)
+
+
+class SendsAnOldVersion(RayTransport):
+    old: dict = {}
+
+    def send_group(self, group):
+        super().send_group({name: self.old[name] for name in group})
+
+
+def test_every_honest_sync_is_committed_and_agrees_to_float_precision(stack):
+    for _ in range(3):
+        stack.train()
+        report = stack.honest()
+        assert report.version == stack.version
+        assert report.probe_mean_gap_nats < 1e-5
+        assert report.probe_max_gap_nats < 1e-3
+
+
+def test_sampled_logprobs_agree_with_the_learner_after_a_sync(stack):
+    stack.train()
+    stack.honest()
+    request = SamplingRequest(samples=8, max_tokens=40, temperature=1.0, stop_token_ids=())
+    completions = stack.client.do(stack.client.engine.generate(PROBE[0], request))
+    sequences = [PROBE[0] + completion.token_ids for completion in completions]
+    learner = stack.learner.evidence(stack.version, sequences).probe_logprobs
+    gaps = [
+        abs(a - b)
+        for values, completion in zip(learner, completions, strict=True)
+        for a, b in zip(values[len(PROBE[0]) :], completion.logprobs, strict=True)
+    ]
+    assert len(gaps) == 8 * 40
+    assert sum(gaps) / len(gaps) < 1e-5
+    assert max(gaps) < 1e-3
+    assert {span.version for c in completions for span in c.version_spans} == {stack.version}
+
+
+def test_a_skipped_tensor_is_named(stack):
+    stack.train()
+    with pytest.raises(AttestationError, match=r"engine 0: tensor model\.layers\.1\.mlp\.down_proj\.weight never arrived"):
+        stack.publish(SkipsOneTensor)
+    stack.honest()
+
+
+def test_a_tensor_with_one_altered_element_is_named(stack):
+    stack.train()
+    with pytest.raises(AttestationError, match=r"engine 0: tensor model\.layers\.2\.self_attn\.o_proj\.weight arrived as"):
+        stack.publish(AltersOneElement)
+    stack.honest()
+
+
+def test_an_old_version_under_a_new_label_is_refused(stack):
+    SendsAnOldVersion.old = {name: tensor.clone() for name, tensor in stack.learner._source}
+    stack.train()
+    with pytest.raises(AttestationError, match="arrived as"):
+        stack.publish(SendsAnOldVersion)
+    stack.honest()
+
+
+def test_weights_that_arrive_and_are_not_what_the_engine_computes_with_are_caught_by_the_probe(stack):
+    class MovesOnAfterSending(RayTransport):
+        """The checksums are those of what was sent; the learner then changes."""
+
+        def send_weights(self):
+            super().send_weights()
+            stack.train()
+
+    with pytest.raises(AttestationError, match="checksums agree, but probe log-probs differ"):
+        stack.publish(MovesOnAfterSending)
+    stack.honest()
+
+
+def test_the_saved_policy_has_the_learners_exact_bits_and_loads_in_transformers(stack, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stack.train()
+    stack.learner.save_policy(tmp_path / "policy")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
+    learner = {name: tensor.clone() for name, tensor in stack.learner._source}
+    assert saved.keys() == learner.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in learner.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
