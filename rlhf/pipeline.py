@@ -75,7 +75,9 @@ class Pipeline:
             else:
                 steps, tokens = self._rl(name, stage, algorithm)
             seconds = time.monotonic() - started
-            self.stages.append({"name": name, "seconds": seconds, "steps": steps, "trained_tokens": tokens})
+            record = {"name": name, "seconds": seconds, "steps": steps, "trained_tokens": tokens}
+            # `rl` of the summary is that of the last RL stage; with several, each stage's own figures are here.
+            self.stages.append(record | ({"rl": self.rl} if isinstance(stage, RlStage) else {}))
             policy = self.run_dir / ("policy" if name == names[-1] else f"checkpoints/{name}")
             self.parts.learners.save_policy(policy)
             self._evaluate(name)
@@ -89,11 +91,12 @@ class Pipeline:
         return stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
 
     def _publish(self) -> None:
-        self.parts.publisher.publish(self.version + 1)
+        with Phases(self.parts.turns)("sync"):
+            self.parts.publisher.publish(self.version + 1)
         self.version += 1
 
     def _sft(self, name: str, stage: SftStage, algorithm: Algorithm) -> tuple[int, int]:
-        examples, phases, tokens = self.parts.examples(name), Phases(), 0
+        examples, phases, tokens = self.parts.examples(name), Phases(self.parts.turns), 0
         with self.console.stage(name, stage.steps) as progress:
             for step in range(stage.steps):
                 phases.start_step()
@@ -153,15 +156,11 @@ class Pipeline:
     def _evaluate_during(self, name: str, stage: RlStage, done: int) -> None:
         if not stage.evaluate_every or done % stage.evaluate_every or done == stage.steps:
             return
-        mode = self.parts.modes[0]
-        result = self.parts.evaluator.evaluate(self.config.evaluation.during_prompts, reasoning_mode=mode).as_summary()
+        result = self._figures(self.config.evaluation.during_prompts, self.parts.modes[0])
         self.tracker.log({f"evaluation/{key}": value for key, value in result.items()}, stage=name, step=done - 1)
 
     def _evaluate(self, name: str) -> None:
-        results = {
-            mode: self.parts.evaluator.evaluate(self.config.evaluation.prompts, reasoning_mode=mode).as_summary()
-            for mode in self.parts.modes
-        }
+        results = {mode: self._figures(self.config.evaluation.prompts, mode) for mode in self.parts.modes}
         main = self.parts.modes[0]
         entry: dict[str, Any] = dict(results[main])
         if len(results) > 1:
@@ -172,6 +171,10 @@ class Pipeline:
             flat |= {f"evaluation/non_reasoning/{key}": value for key, value in results[mode].items()}
         step = self.stages[-1]["steps"] if self.stages else 0
         self.tracker.log(flat, stage=name, step=step)
+
+    def _figures(self, prompts: int, reasoning_mode: bool) -> dict[str, float]:
+        with Phases(self.parts.turns)("evaluate"):
+            return self.parts.evaluator.evaluate(prompts, reasoning_mode=reasoning_mode).as_summary()
 
     def result_rows(self) -> dict[str, Mapping[str, float]]:
         """The evaluations as rows of the result table: one for each stage and mode."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.cluster import bundles, roles
-from rlhf.config import RlStage, RunConfig, SftStage
+from rlhf.config import RewardComponent, RlStage, RunConfig, SftStage
 from rlhf.training.batching import micro_batch_count
 
 Section = tuple[str, list[tuple[str, object]]]
@@ -30,7 +30,7 @@ def _samples(config: RunConfig) -> str:
     return f"1 greedy + {config.evaluation.samples_per_prompt} sampled a prompt"
 
 
-def _component(component) -> str:
+def _component(component: RewardComponent) -> str:
     return f"weight {component.weight:g}, {component.applies}, deadline {component.deadline_s:g} s"
 
 

@@ -12,8 +12,8 @@ from rlhf.algorithms import Algorithm
 from rlhf.batches import RolloutBatch, SupervisedBatch, TrainBatch, UpdateReport
 from rlhf.config import OptimizerConfig
 from rlhf.evaluation import EvaluationResult
-from rlhf.selection import Arrivals
 from rlhf.samples import ScoredGroup, WeightVersion
+from rlhf.selection import Arrivals
 
 
 @dataclass(frozen=True, slots=True)

@@ -345,6 +345,27 @@ def gpu_transports_need_gpus(weight_sync: WeightSyncConfig, cluster: ClusterConf
 
 
 @_rule
+def colocated_engines_pair_with_learners(
+    cluster: ClusterConfig, rollouts: RolloutsConfig, training: TrainingConfig
+) -> Messages:
+    if cluster.placement != "colocated":
+        return
+    if rollouts.max_staleness:
+        rule = "must be 0 with cluster.placement = colocated"
+        reason = "Engines sleep while the learner trains, so nothing can be generated meanwhile"
+        yield problem("rollouts.max_staleness", rollouts.max_staleness, rule, reason, "Set it to 0 or split the GPUs")
+    if rollouts.tensor_parallel_size > 1:
+        rule = "must be 1 with cluster.placement = colocated"
+        reason = "Each engine shares the GPU of one learner rank"
+        fix = "Set it to 1 or use cluster=gpu_split"
+        yield problem("rollouts.tensor_parallel_size", rollouts.tensor_parallel_size, rule, reason, fix)
+    if rollouts.num_engines != training.ranks:
+        rule = f"must equal training.ranks = {training.ranks} with cluster.placement = colocated"
+        reason = "Each engine shares the GPU of one learner rank and reads its memory"
+        yield problem("rollouts.num_engines", rollouts.num_engines, rule, reason, f"Set it to {training.ranks}")
+
+
+@_rule
 def gpu_transports_fit_the_placement(weight_sync: WeightSyncConfig, cluster: ClusterConfig) -> Messages:
     wanted = {
         "nccl": ("split", "NCCL does not connect two processes that share a GPU"),

@@ -58,7 +58,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """A prompt after the chat template. `token_ids` int32 [T_prompt]; `reasoning_mode`: the template opened `<think>`."""
+    """A prompt after the chat template, int32 [T_prompt]; in `reasoning_mode` the template opened `<think>`."""
 
     prompt: Prompt
     token_ids: np.ndarray
@@ -184,6 +184,8 @@ class ScoredGroup:
 
 def _check_token_arrays(token_ids: np.ndarray, loss_mask: np.ndarray) -> None:
     if token_ids.ndim != 1 or token_ids.shape != loss_mask.shape:
-        raise ValueError(f"token_ids {token_ids.shape} and loss_mask {loss_mask.shape} must be one-dimensional and equal")
+        raise ValueError(
+            f"token_ids {token_ids.shape} and loss_mask {loss_mask.shape} must be one-dimensional and equal"
+        )
     if token_ids.size and loss_mask[0]:
         raise ValueError("loss_mask[0] must be False: the first token has no log-prob")

@@ -8,6 +8,7 @@ it was dispatched. The bound holds by construction and is checked when a group i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf.errors import DeadlineError, GroupwiseError, RewardFailureError
@@ -26,6 +27,23 @@ class Dispatcher(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds an RL stage. `name` begins every group id.
+
+    `total_groups` is what the stage trains in all: no more are ever waited for. One step dispatches at most
+    `max_dispatch_factor * prompts_per_step`; `error_budget` is the share of failed rewards that stops the run.
+    """
+
+    name: str
+    prompts_per_step: int
+    max_staleness: int
+    total_groups: int
+    max_dispatch_factor: int
+    error_budget: float
+    deadline_s: float
+
+
 class StalenessBuffer:
     """`RolloutSource` over a dispatcher. Each group it dispatches ends in exactly one state of the ledger."""
 
@@ -35,35 +53,26 @@ class StalenessBuffer:
         prompts: Iterator[Prompt],
         select: Callable[[ScoredGroup], Rejected | None],
         ledger: Ledger,
-        *,
-        name: str,
-        prompts_per_step: int,
-        max_staleness: int,
-        total_groups: int,
-        max_dispatch_factor: int,
-        error_budget: float,
-        deadline_s: float,
+        limits: Limits,
     ) -> None:
-        """`name` begins every group id. `total_groups` is what the stage trains in all: no more are ever dispatched."""
         self._dispatcher = dispatcher
         self._prompts = prompts
         self._select = select
         self._ledger = ledger
-        self._name = name
-        self._per_step = prompts_per_step
-        self._max_staleness = max_staleness
-        self._untaken = total_groups
-        self._max_dispatch = max_dispatch_factor * prompts_per_step
-        self._error_budget = error_budget
-        self._deadline_s = deadline_s
+        self._limits = limits
+        self._untaken = limits.total_groups
         self._waiting: dict[str, ScoredGroup | None] = {}  # by age; None while in flight
         self._dispatched = self._number = 0
         self.arrived = Arrivals()
         self.sampled_tokens = 0
 
     @property
+    def _max_dispatch(self) -> int:
+        return self._limits.max_dispatch_factor * self._limits.prompts_per_step
+
+    @property
     def capacity(self) -> int:
-        return (self._max_staleness + 1) * self._per_step
+        return (self._limits.max_staleness + 1) * self._limits.prompts_per_step
 
     def take(self, version: int) -> list[ScoredGroup]:
         """The next `prompts_per_step` trainable groups, oldest first.
@@ -77,7 +86,7 @@ class StalenessBuffer:
             groups = self._oldest_ready()
             if groups is not None:
                 return [self._checked(group, version) for group in groups]
-            finished = self._dispatcher.completed(self._deadline_s)
+            finished = self._dispatcher.completed(self._limits.deadline_s)
             if not finished:
                 raise DeadlineError(self._overdue())
             for group in finished:
@@ -90,7 +99,7 @@ class StalenessBuffer:
             and len(self._waiting) < self._untaken
             and self._dispatched < self._max_dispatch
         ):
-            group_id = f"{self._name}-{self._number:06d}"
+            group_id = f"{self._limits.name}-{self._number:06d}"
             self._number += 1
             self._dispatched += 1
             self._ledger.dispatch(group_id, version)
@@ -98,10 +107,12 @@ class StalenessBuffer:
             self._dispatcher.submit(group_id, next(self._prompts))
 
     def _oldest_ready(self) -> list[ScoredGroup] | None:
-        oldest = list(self._waiting.items())[: self._per_step]
+        oldest = list(self._waiting.items())[: self._limits.prompts_per_step]
         groups = [group for _, group in oldest if group is not None]
-        wanted = min(self._per_step, self._untaken)
-        if len(groups) < len(oldest) or (len(groups) < wanted and self._dispatched < self._max_dispatch):
+        wanted = min(self._limits.prompts_per_step, self._untaken)
+        if len(groups) < len(oldest) or (
+            len(groups) < wanted and self._dispatched < self._limits.max_dispatch_factor * self._limits.prompts_per_step
+        ):
             return None
         if not groups:
             raise GroupwiseError(
@@ -111,7 +122,7 @@ class StalenessBuffer:
             )
         for group_id, _ in oldest:
             del self._waiting[group_id]
-        self._untaken -= self._per_step
+        self._untaken -= self._limits.prompts_per_step
         return groups
 
     def _receive(self, scored: ScoredGroup) -> None:
@@ -125,20 +136,20 @@ class StalenessBuffer:
         else:
             self._ledger.close(group_id, rejected.state, rejected.detail)
             del self._waiting[group_id]
-        of_a_step = max(self.arrived.groups, self._per_step) * len(scored.outcomes)
-        if failures and self.arrived.failed > self._error_budget * of_a_step:
+        of_a_step = max(self.arrived.groups, self._limits.prompts_per_step) * len(scored.outcomes)
+        if failures and self.arrived.failed > self._limits.error_budget * of_a_step:
             raise RewardFailureError(self._over_budget(scored, failures[0]))
 
     def _checked(self, group: ScoredGroup, version: int) -> ScoredGroup:
         lag = version - group.group.first_version
-        assert 0 <= lag <= self._max_staleness, f"group {group.group.group_id} is {lag} versions old"
+        assert 0 <= lag <= self._limits.max_staleness, f"group {group.group.group_id} is {lag} versions old"
         return group
 
     def _over_budget(self, scored: ScoredGroup, failure: RewardFailed) -> str:
         number = scored.outcomes.index(failure)
         sample = scored.group.samples[number]
         return (
-            f"rewards.error_budget = {self._error_budget}: {self.arrived.failed} of "
+            f"rewards.error_budget = {self._limits.error_budget}: {self.arrived.failed} of "
             f"{len(self.arrived.completion_tokens)} rewards of this step failed. "
             f"First: reward {failure.component!r} on sample {sample.sample_id} (prompt "
             f"{scored.group.prompt.prompt_id}), {failure.attempts} attempt(s): {failure.message}\n"
@@ -148,6 +159,7 @@ class StalenessBuffer:
     def _overdue(self) -> str:
         missing = [group_id for group_id, group in self._waiting.items() if group is None]
         return (
-            f"rollouts.group_deadline_s = {self._deadline_s:g}: {len(missing)} groups are overdue, the oldest is "
-            f"{missing[0]}. An engine or a reward worker is stuck; see logs/engine-*.log and logs/reward-*.log."
+            f"rollouts.silence_deadline_s = {self._limits.deadline_s:g}: nothing came back for that long, with "
+            f"{len(missing)} groups in flight, the oldest {missing[0]}. An engine or a reward worker is stuck: see "
+            "logs/engine-*.log. If completions really take that long, raise it."
         )

@@ -1,4 +1,4 @@
-"""What the program asks of an engine that generates. `vllm_engine` is the real one; unit tests may bring a small one."""
+"""What the program asks of an engine that generates. `vllm_engine` is the real one; unit tests may bring their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from rlhf.samples import VersionSpan
+
+Tokens = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,9 @@ class Completion:
 class GenerationEngine(Protocol):
     """Tokens in, tokens out. Weight-sync calls follow vLLM's native API: init, start, update, finish."""
 
-    async def generate(self, prompt_token_ids: Sequence[int], request: SamplingRequest) -> list[Completion]: ...
+    async def generate(self, prompt_token_ids: Tokens, request: SamplingRequest) -> list[Completion]: ...
 
-    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+    async def prompt_logprobs(self, token_ids: Tokens) -> list[float]:
         """Log-prob in nats of each token given the ones before, at temperature 1; entry 0 is 0."""
         ...
 

@@ -32,10 +32,8 @@ class HeldOutEvaluator:
         chosen = self._prompts[:prompts]
         greedy = [self._request(f"{name}-greedy-{i}", p, reasoning_mode, 1, 0.0) for i, p in enumerate(chosen)]
         samples, temperature = evaluation.samples_per_prompt, evaluation.temperature
-        sampled = [
-            self._request(f"{name}-{i}", p, reasoning_mode, samples, temperature) for i, p in enumerate(chosen)
-        ]
-        scored = self._runner.run([*greedy, *sampled], self._config.rollouts.group_deadline_s * 4)
+        sampled = [self._request(f"{name}-{i}", p, reasoning_mode, samples, temperature) for i, p in enumerate(chosen)]
+        scored = self._runner.run([*greedy, *sampled], self._config.rollouts.silence_deadline_s * 4)
         return summarise(
             scored[: len(greedy)], scored[len(greedy) :], self._config.rewards.correct_at, evaluation.pass_at
         )

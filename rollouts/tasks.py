@@ -153,24 +153,31 @@ def _columns(*numbers: int) -> list[list[int]]:
     return [[int(row[place]) for row in rows] for place in range(width)]
 
 
+def _chain(first: int, sign: str, terms: Sequence[int]) -> str:
+    """`15, -, [3, 1] -> 15-3=12-1=11`: one operation at a time, so each result follows from two numbers in sight."""
+    written, total = str(first), first
+    for term in terms:
+        total += term if sign == "+" else -term
+        written += f"{sign}{term}={total}"
+    return written
+
+
 def _column_sums(*numbers: int) -> str:
-    """`47, 38 -> 7+8=15,4+3+1=8`: units first, each column with the carry of the one before."""
+    """`47, 38 -> 7+8=15,1+4=5+3=8`: units first, each column begins with the carry of the one before."""
     steps, carry = [], 0
     for column in _columns(*numbers):
-        terms = [*column, carry] if carry else column
-        total = sum(terms)
-        steps.append("+".join(map(str, terms)) + f"={total}")
-        carry = total // 10
+        terms = [carry, *column] if carry else column
+        steps.append(_chain(terms[0], "+", terms[1:]))
+        carry = (sum(column) + carry) // 10
     return ",".join(steps)
 
 
 def _column_differences(large: int, small: int) -> str:
-    """`43, 28 -> 13-8=5,4-2-1=1`: units first, ten borrowed where a column would be negative."""
+    """`43, 28 -> 13-8=5,4-2=2-1=1`: units first, ten borrowed where a column would be negative."""
     steps, borrowed = [], 0
     for top, bottom in _columns(large, small):
-        left = top - bottom - borrowed
-        lent = 10 if left < 0 else 0
-        steps.append(f"{top + lent}-{bottom}" + ("-1" if borrowed else "") + f"={left + lent}")
+        lent = 10 if top - bottom - borrowed < 0 else 0
+        steps.append(_chain(top + lent, "-", [bottom, 1] if borrowed else [bottom]))
         borrowed = 1 if lent else 0
     return ",".join(steps)
 

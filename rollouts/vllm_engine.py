@@ -1,14 +1,14 @@
-"""vLLM's `AsyncLLM` behind the `GenerationEngine` protocol. With `weight_receiver`, the only file that imports vllm here."""
+"""vLLM's `AsyncLLM` behind the `GenerationEngine` protocol. Only this file and `weight_receiver` import vllm here."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf.config import RunConfig
 from rlhf.samples import VersionSpan
-from rollouts.engine import Completion, SamplingRequest
+from rollouts.engine import Completion, SamplingRequest, Tokens
 
 CPU_ENVIRONMENT = {
     # One process: on CPU an engine process beside its client only makes the two fight for the same core.
@@ -55,7 +55,7 @@ class VllmEngine:
         self._requests = itertools.count()
         self._tensor_parallel_size = int(settings.get("tensor_parallel_size", 1))
 
-    async def generate(self, prompt_token_ids: Sequence[int], request: SamplingRequest) -> list[Completion]:
+    async def generate(self, prompt_token_ids: Tokens, request: SamplingRequest) -> list[Completion]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -73,7 +73,7 @@ class VllmEngine:
         final = await self._run(prompt_token_ids, params)
         return [_completion(output) for output in sorted(final.outputs, key=lambda o: o.index)]
 
-    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+    async def prompt_logprobs(self, token_ids: Tokens) -> list[float]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -84,7 +84,7 @@ class VllmEngine:
         pairs = zip(token_ids[1:], final.prompt_logprobs[1:], strict=True)
         return [0.0, *(entry[token].logprob for token, entry in pairs)]
 
-    async def _run(self, token_ids: Sequence[int], params: Any) -> Any:
+    async def _run(self, token_ids: Tokens, params: Any) -> Any:
         prompt = {"prompt_token_ids": [int(token) for token in token_ids]}
         final = None
         async for output in self._llm.generate(prompt, params, request_id=str(next(self._requests))):

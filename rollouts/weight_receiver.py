@@ -35,7 +35,8 @@ class DigestsReceived:
     def start_weight_update(self) -> None:
         super().start_weight_update()  # type: ignore[misc]
         self.digests: dict[str, str] = {}
-        self.model.load_weights = self._recording(self.model.load_weights)
+        model: Any = self.model
+        model.load_weights = self._recording(model.load_weights)
 
     def finish_weight_update(self) -> None:
         self._stop_recording()
@@ -128,7 +129,7 @@ def _register() -> None:
 
 
 def _unlock_bfloat16() -> None:
-    """Get the kernel's permission for AMX in this process: without one bf16 matmul by torch, vLLM's dies with SIGILL."""
+    """Get the kernel's permission for AMX in this process; without one bf16 matmul by torch, vLLM's own dies."""
     if not torch.cuda.is_available():
         torch.ones(32, 32, dtype=torch.bfloat16) @ torch.ones(32, 32, dtype=torch.bfloat16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,13 @@ class RolloutClient:
     ) -> None:
         self._config = config
         self._graders = graders
+        self._next_grader = itertools.cycle(graders)
         self._pending: dict[Any, int] = {}  # scored reference -> engine
         variables = environment(config.cluster.device, config.rollouts.kv_cache_gib)
         self.engines = [
-            ray.remote(RolloutWorker).options(max_concurrency=4096, **cluster.options(role, variables)).remote(
-                number, str(model_path), config, log_dir / f"{role.name}.log"
-            )
+            ray.remote(RolloutWorker)
+            .options(max_concurrency=4096, **cluster.options(role, variables))
+            .remote(number, str(model_path), config, log_dir / f"{role.name}.log")
             for number, role in enumerate(r for r in roles(config) if r.name.startswith("engine"))
         ]
         self._starting = [engine.start.remote() for engine in self.engines]
@@ -104,7 +106,7 @@ class RolloutClient:
             load[engine] += 1
         number = load.index(min(load))
         group = self.engines[number].generate.remote(request)
-        grader = self._graders[len(self._pending) % len(self._graders)]
+        grader = next(self._next_grader)
         self._pending[grader.score.remote(group)] = number
 
     def completed(self, timeout_s: float) -> list[ScoredGroup]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.config import ModelConfig, OptimizerConfig, TrainingConfig
 from rlhf.models import load_policy
@@ -35,7 +35,7 @@ def join_process_group(rank: int, ranks: int, address: str, port: int, device: s
     import deepspeed
 
     if device == "cpu":
-        # The shared-memory op is compiled on first use and leaks 69 MB of /dev/shm per rank; gloo gives the same losses.
+        # The shared-memory op is compiled on first use and leaks 69 MB of /dev/shm a rank; gloo gives the same losses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="gloo" if device == "cpu" else "nccl",
@@ -73,7 +73,7 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(model=policy, model_parameters=policy.parameters(), config=settings)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         return self.engine.module
 
     @property
@@ -111,11 +111,10 @@ class DeepSpeedEngine:
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Inside, the named parameters whole (gathered under ZeRO-3 on every rank), as views that must not be changed."""
+        """Inside, the named tensors whole (gathered under ZeRO-3, on every rank), as views that must not be changed."""
         import deepspeed
 
-        found = dict(self.module.named_parameters(remove_duplicate=False))
-        found |= dict(self.module.named_buffers(remove_duplicate=False))
+        found = self._tensors()
         wanted = {name: found[name] for name in names}
         shards = [p for p in wanted.values() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
@@ -123,10 +122,13 @@ class DeepSpeedEngine:
 
     def full_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and whole shape of a parameter, without gathering it."""
-        tensor = dict(self.module.named_parameters(remove_duplicate=False)).get(name)
-        if tensor is None:
-            tensor = dict(self.module.named_buffers(remove_duplicate=False))[name]
+        tensor = self._tensors()[name]
         return tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers under every name they have; tied ones occur more than once."""
+        parameters: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        return parameters | dict(self.module.named_buffers(remove_duplicate=False))
 
     def close(self) -> None:
         self.engine.destroy()

@@ -63,7 +63,7 @@ class LearnerRank:
 
     def connect(self, client: EngineClient) -> None:
         self._client = client
-        self._source = ZeroWeightSource(self._loaded)
+        self._source = ZeroWeightSource(self._loaded, with_digests=self._number == 0)
         self._transport = open_transport(client, self._source, self._number, self._config)
 
     def logprobs(self, batch: RolloutBatch, micro_batches_run: int) -> Tensor:
@@ -98,7 +98,7 @@ class LearnerRank:
     def save_policy(self, directory: Path) -> None:
         """Write the policy in Hugging Face format, the learner's exact bits, with the tokenizer of the base model."""
         tensors: dict[str, Tensor] = {}
-        for group in ZeroWeightSource(self._loaded).iter_groups():
+        for group in ZeroWeightSource(self._loaded, with_digests=False).iter_groups():
             if self._number == 0:
                 tensors |= {name: tensor.cpu() for name, tensor in group.items()}
         if self._number == 0:

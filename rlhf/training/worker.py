@@ -53,9 +53,9 @@ class RayLearnerGroup:
         variables = environment(config.cluster.device, self._ranks)
         learners = [role for role in roles(config) if role.name.startswith("learner")]
         self._workers = [
-            ray.remote(LearnerWorker).options(**cluster.options(role, variables)).remote(
-                rank, config, log_dir / f"{role.name}.log"
-            )
+            ray.remote(LearnerWorker)
+            .options(**cluster.options(role, variables))
+            .remote(rank, config, log_dir / f"{role.name}.log")
             for rank, role in enumerate(learners)
         ]
 
@@ -113,4 +113,3 @@ class RayLearnerGroup:
     def _each(self, method: str, arguments: list[tuple[Any, ...]], deadline: float | None = None) -> list[Any]:
         calls = [worker.call.remote(method, *given) for worker, given in zip(self._workers, arguments, strict=True)]
         return gather(calls, f"learner {method}", deadline or self._config.training.collective_deadline_s)
-

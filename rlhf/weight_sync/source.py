@@ -36,16 +36,18 @@ class ZeroWeightSource:
 
     `metadata()` describes every tensor without gathering; iteration yields `(name, tensor)` in the same order. All
     ranks must iterate in step: gathering is a collective. Tensors are copies, valid after the next one is drawn, and
-    at most one layer group is gathered at a time. Each pass leaves the digests of what it yielded in `digests`.
+    at most one layer group is gathered at a time. Each pass leaves the digests of what it yielded in `digests`, on the
+    ranks that are asked for them.
     """
 
-    def __init__(self, parameters: FullParameters) -> None:
+    def __init__(self, parameters: FullParameters, *, with_digests: bool = True) -> None:
         self._parameters = parameters
+        self._with_digests = with_digests
         self._groups = layer_groups(parameters.state_names)
         self.digests: dict[str, str] = {}
 
     def rebind(self, parameters: FullParameters) -> None:
-        """Read from another engine of the same model from now on (each stage has its own optimiser, so its own engine)."""
+        """Read from another engine of the same model from now on: each stage has its own optimiser and engine."""
         if list(parameters.state_names) != list(self._parameters.state_names):
             raise ValueError("the new engine has other tensors than the one the transport was opened for")
         self._parameters = parameters
@@ -61,7 +63,8 @@ class ZeroWeightSource:
             with self._parameters.full_parameters(names) as tensors:
                 # The gathered storage is given back when the context closes, a transport may still be sending.
                 group = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
-            self.digests |= {name: tensor_digest(tensor) for name, tensor in group.items()}
+            if self._with_digests:
+                self.digests |= {name: tensor_digest(tensor) for name, tensor in group.items()}
             yield group
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -136,7 +136,7 @@ def test_two_engines_one_rank_and_a_staleness_of_one(tmp_path, plugins):
     code, output = finish(start(root, *component(plugins, "spread"), *overrides))
     assert code == 0, output
     steps = [record for record in metrics(root, "rl") if "staleness/max_steps" in record]
-    assert [record["staleness/max_steps"] for record in steps][0] == 0
+    assert steps[0]["staleness/max_steps"] == 0
     assert max(record["staleness/max_steps"] for record in steps) == 1
     summary = json.loads((root / "latest" / "summary.json").read_text())
     assert summary["rl"]["ledger"]["trained"] == 16

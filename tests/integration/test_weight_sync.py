@@ -1,9 +1,10 @@
-"""A real vLLM engine and a real DeepSpeed ZeRO-3 learner in one process: honest syncs pass, sabotaged ones are named."""
+"""A real vLLM engine and a real DeepSpeed ZeRO-3 learner in one process: honest syncs pass, sabotage is named."""
 
 import asyncio
 import os
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ class Stack:
         return publisher.publish(self.version)
 
     def honest(self):
-        return self.publish(lambda *arguments: open_transport(*arguments))
+        return self.publish(open_transport)
 
 
 def run_config(tied: bool) -> RunConfig:
@@ -136,7 +137,7 @@ class AltersOneElement(RayTransport):
 
 
 class SendsAnOldVersion(RayTransport):
-    old: dict = {}
+    old: ClassVar[dict[str, torch.Tensor]] = {}
 
     def send_group(self, group):
         super().send_group({name: self.old[name] for name in group})
@@ -171,14 +172,18 @@ def test_sampled_logprobs_agree_with_the_learner_after_a_sync(stack):
 
 def test_a_skipped_tensor_is_named(stack):
     stack.train()
-    with pytest.raises(AttestationError, match=r"engine 0: tensor model\.layers\.1\.mlp\.down_proj\.weight never arrived"):
+    with pytest.raises(
+        AttestationError, match=r"engine 0: tensor model\.layers\.1\.mlp\.down_proj\.weight never arrived"
+    ):
         stack.publish(SkipsOneTensor)
     stack.honest()
 
 
 def test_a_tensor_with_one_altered_element_is_named(stack):
     stack.train()
-    with pytest.raises(AttestationError, match=r"engine 0: tensor model\.layers\.2\.self_attn\.o_proj\.weight arrived as"):
+    with pytest.raises(
+        AttestationError, match=r"engine 0: tensor model\.layers\.2\.self_attn\.o_proj\.weight arrived as"
+    ):
         stack.publish(AltersOneElement)
     stack.honest()
 

@@ -180,7 +180,8 @@ def test_step_metrics_carry_the_documented_names_and_are_plain_finite_numbers(
 
 
 def test_step_metrics_by_hand(ledger: Ledger, make_scored: MakeScored) -> None:
-    record, phases = recorded(World(ledger, make_scored))
+    world = World(ledger, make_scored)
+    record, phases = recorded(world)
     metrics = step_metrics(record, ledger, phases)
     rewards, tokens = 4 + (0 + 1 + 2 + 3) / 8, 1 + 2 + 3 + 4 + 4 * 3 + 4 * 2
     assert metrics["trained/reward_mean"] == pytest.approx(rewards / 12)
@@ -192,7 +193,9 @@ def test_step_metrics_by_hand(ledger: Ledger, make_scored: MakeScored) -> None:
     assert metrics["rollout/zero_variance_fraction"] == pytest.approx(1 / 5)
     assert metrics["perf/trained_tokens"] == 30
     assert metrics["mismatch/kl_nats"] == pytest.approx(0.1, abs=1e-6)
-    assert metrics["policy/ratio"] == 1.5
+    # Two updates of unlike size, with ratio 1 in the first and 2 in the second: each token counts the same.
+    sizes = [int(batch.loss_mask.sum()) for batch in world.updates]
+    assert metrics["policy/ratio"] == pytest.approx((1 * sizes[0] + 2 * sizes[1]) / sum(sizes))
     assert metrics["policy/ratio_max"] == 2.0  # an extreme of two updates is not averaged
     assert metrics["policy/loss"] == 1.5
     assert metrics["optim/learning_rate"] == pytest.approx(2e-3)

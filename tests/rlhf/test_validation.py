@@ -96,7 +96,7 @@ def test_the_base_of_these_tests_is_valid() -> None:
             "rewards.components.math.wieght = 1:",
             "Did you mean rewards.components.math.weight?",
         ),
-        ({"rollouts.zzz": 1}, "rollouts.zzz = 1:", "gpu_memory_utilization, prefix_caching, group_deadline_s."),
+        ({"rollouts.zzz": 1}, "rollouts.zzz = 1:", "gpu_memory_utilization, prefix_caching, silence_deadline_s."),
         (
             {"algorithm.clip_lo": 0.1},
             "algorithm.clip_lo = 0.1: is not a key of algorithm",
@@ -240,6 +240,7 @@ def test_every_rule_has_a_test_here() -> None:
 # --- rules across sections --------------------------------------------------------------------------------------------
 
 WITH_GPUS = {"cluster.device": "cuda"}
+COLOCATED = {**WITH_GPUS, "cluster.placement": "colocated", "training.ranks": 2, "rollouts.num_engines": 2}
 SFT_ONLY = {"stages": {"sft": VALID["stages"]["sft"]}}
 RULES: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -409,13 +410,28 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "gpu_transports_fit_the_placement",
-        {**WITH_GPUS, "cluster.placement": "colocated", "weight_sync.transport": "nccl"},
+        {**COLOCATED, "weight_sync.transport": "nccl"},
         "weight_sync.transport = nccl: needs cluster.placement = split, and it is colocated",
     ),
     (
         "only_gpus_are_shared",
-        {"cluster.placement": "colocated"},
+        {**COLOCATED, "cluster.device": "cpu"},
         "cluster.placement = colocated: needs cluster.device = cuda, and it is cpu",
+    ),
+    (
+        "colocated_engines_pair_with_learners",
+        {**COLOCATED, "rollouts.num_engines": 1},
+        "rollouts.num_engines = 1: must equal training.ranks = 2 with cluster.placement = colocated",
+    ),
+    (
+        "colocated_engines_pair_with_learners",
+        {**COLOCATED, "rollouts.max_staleness": 1},
+        "rollouts.max_staleness = 1: must be 0 with cluster.placement = colocated",
+    ),
+    (
+        "colocated_engines_pair_with_learners",
+        {**COLOCATED, "rollouts.tensor_parallel_size": 2},
+        "rollouts.tensor_parallel_size = 2: must be 1 with cluster.placement = colocated",
     ),
     (
         "probes_fit_the_context",
@@ -456,8 +472,8 @@ def test_a_broken_rule_is_told_by_its_key_value_reason_and_fix(rule: str, change
         {"rewards.components.length": {"applies": "always", "weight": -0.1}},
         {"weight_sync.transport": "my_package.sync:Transport"},
         {**WITH_GPUS, "weight_sync.transport": "nccl"},
-        {**WITH_GPUS, "cluster.placement": "colocated"},
-        {**WITH_GPUS, "cluster.placement": "colocated", "weight_sync.transport": "cuda_ipc"},
+        COLOCATED,
+        {**COLOCATED, "weight_sync.transport": "cuda_ipc"},
         {**WITH_GPUS, "weight_sync.transport": "ray"},
         {"evaluation.pass_at": [8]},
     ],

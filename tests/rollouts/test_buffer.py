@@ -19,7 +19,7 @@ from rlhf.errors import DeadlineError, GroupwiseError, RewardFailureError
 from rlhf.ledger import Ledger
 from rlhf.samples import Prompt, RewardFailed, ScoredGroup
 from rlhf.selection import Rejected, select
-from rollouts.buffer import StalenessBuffer
+from rollouts.buffer import Limits, StalenessBuffer
 
 MakeScored = Callable[..., ScoredGroup]
 REJECTED = Rejected("filtered", "all_wrong")
@@ -60,7 +60,7 @@ def buffer_of(world: Any, ledger: Ledger, steps: int = 10, **settings: Any) -> S
     total = steps * chosen["prompts_per_step"]
     select_group = chosen.pop("select", None) or world.select
     return StalenessBuffer(
-        world, endless_prompts(), select_group, ledger, name="rl", total_groups=total, deadline_s=5.0, **chosen
+        world, endless_prompts(), select_group, ledger, Limits(name="rl", total_groups=total, deadline_s=5.0, **chosen)
     )
 
 
@@ -260,9 +260,9 @@ def test_a_deadline_names_the_oldest_group_that_is_missing(ledger: Ledger, make_
     first = [make_scored((1.0, 0.0), group_id="rl-000000"), make_scored((1.0, 0.0), group_id="rl-000002")]
     answers = iter([first, []])
     world.completed = lambda timeout_s: next(answers)  # type: ignore[method-assign]
-    with pytest.raises(DeadlineError, match="2 groups are overdue, the oldest is rl-000001") as caught:
+    with pytest.raises(DeadlineError, match="2 groups in flight, the oldest rl-000001") as caught:
         buffer_of(world, ledger).take(0)
-    assert str(caught.value).startswith("rollouts.group_deadline_s = 5")
+    assert str(caught.value).startswith("rollouts.silence_deadline_s = 5")
 
 
 def test_a_group_that_is_older_than_allowed_is_never_handed_out(ledger: Ledger, make_scored: MakeScored) -> None:

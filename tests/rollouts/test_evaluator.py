@@ -20,7 +20,7 @@ CONFIG = RunConfig.model_validate(
         "algorithm": {"name": "grpo_icepop"},
         "rewards": {"components": {"math": {}}},
         "evaluation": {"samples_per_prompt": 4, "pass_at": [1, 4], "temperature": 0.6},
-        "rollouts": {"max_completion_tokens": 33, "group_deadline_s": 10},
+        "rollouts": {"max_completion_tokens": 33, "silence_deadline_s": 10},
     }
 )
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "?"},), "", "math") for i in range(5)]

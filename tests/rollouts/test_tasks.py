@@ -49,16 +49,19 @@ def test_every_step_of_an_arithmetic_trace_is_true(name):
     for index in range(300):
         problem = get_family(name).draw(1 + index % 5, "train", seed=1, index=index)
         for step in problem.trace.split(","):
-            left, right = step.split("=")
-            assert re.fullmatch(r"[0-9+\-*%]+", left)
-            assert eval(left) == int(right), problem
+            total, *links = step.split("=")
+            for link in links:  # `7+8=15+3=18` is a chain: each result goes on with the operation after it
+                assert re.fullmatch(r"[0-9+\-*%]+", total)
+                result = re.match(r"\d+", link).group()
+                assert eval(total) == int(result), problem
+                total = link
 
 
 @pytest.mark.parametrize("name", ["addition", "subtraction", "three_term_sum"])
 def test_column_traces_spell_the_answer_from_right_to_left(name):
     for index in range(300):
         problem = get_family(name).draw(1 + index % 5, "train", seed=2, index=index)
-        results = [step.split("=")[1] for step in problem.trace.split(",")]
+        results = [step.split("=")[-1] for step in problem.trace.split(",")]
         spelled = results[-1] + "".join(result[-1] for result in reversed(results[:-1]))
         assert int(spelled) == int(problem.answer), problem
 
@@ -70,10 +73,10 @@ def test_difficulty_two_has_two_digit_operands():
 
 
 @pytest.mark.parametrize("name", ["addition", "subtraction", "three_term_sum"])
-def test_a_worked_answer_at_difficulty_two_stays_within_thirty_byte_tokens(name):
+def test_a_worked_answer_at_difficulty_two_stays_within_forty_byte_tokens(name):
     problems = [get_family(name).draw(2, "train", seed=0, index=index) for index in range(1000)]
     closing = len("\n") + 1 + len("\n\n") + 1  # </think> and the end of turn are one token each
-    assert max(len(problem.trace) + closing + len(problem.answer) for problem in problems) <= 30
+    assert max(len(problem.trace) + closing + len(problem.answer) for problem in problems) <= 40
 
 
 def test_a_draw_is_a_pure_function_of_seed_and_index():
