@@ -68,7 +68,8 @@ class ProceduralSource(Section):
     families: tuple[str, ...] = Field(default=("addition", "subtraction", "three_term_sum"), min_length=1)
     difficulty: Annotated[int, Field(ge=1, le=5)] = 2
     split: Literal["train", "held_out"] = "train"
-    trace_fraction: Fraction = 0.4  # share of reasoning-mode demonstrations whose thinking is worked out, not empty
+    trace_fraction: Fraction = 0.4  # share of demonstrations with worked reasoning; the others answer at once
+    hasty_fraction: Fraction = 0.0  # share of the others that forget to carry: data of mixed quality, as found
     seed: int = 0
 
 

@@ -69,10 +69,19 @@ class ProceduralPrompts:
         return self._prompt(*self._draw(index))
 
     def demonstration(self, index: int) -> Demonstration:
-        """The reasoning is the worked trace for a share `trace_fraction` of the indices, and empty for the others."""
+        """A share `trace_fraction` of the indices has the worked trace and the right answer.
+
+        The others have no reasoning, and a share `hasty_fraction` of them the answer of somebody who forgets to carry.
+        """
         family, problem = self._draw(index)
-        traced = digest("trace", self._config.seed, index) < self._config.trace_fraction * 2**64
-        return Demonstration(self._prompt(family, problem), problem.trace if traced else "", problem.answer)
+        prompt = self._prompt(family, problem)
+        if self._happens("trace", index, self._config.trace_fraction):
+            return Demonstration(prompt, problem.trace, problem.answer)
+        hasty = problem.hasty and self._happens("hasty", index, self._config.hasty_fraction)
+        return Demonstration(prompt, "", problem.hasty if hasty else problem.answer)
+
+    def _happens(self, what: str, index: int, fraction: float) -> bool:
+        return digest(what, self._config.seed, index) < fraction * 2**64
 
     def distinct(self) -> Iterator[Prompt]:
         """The families in turn; one that has no more problems is passed over."""

@@ -27,12 +27,14 @@ class Problem:
     """`question` as the policy sees it, `answer` a number as text, `trace` short worked reasoning on one line.
 
     `canonical` names the problem up to changes that leave it the same problem (order of summands, of list entries).
+    `hasty` is the answer of somebody who forgets to carry (it may be right); empty where nothing is carried.
     """
 
     question: str
     answer: str
     trace: str
     canonical: str
+    hasty: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,12 @@ def _chain(first: int, sign: str, terms: Sequence[int]) -> str:
     return written
 
 
+def _without_carry(sign: int, *numbers: int) -> str:
+    """`+1: 47, 38 -> 75`, `-1: 43, 28 -> 25`: each column on its own, nothing carried or borrowed."""
+    digits = [(column[0] + sign * sum(column[1:])) % 10 for column in _columns(*numbers)]
+    return str(int("".join(map(str, reversed(digits)))))
+
+
 def _column_sums(*numbers: int) -> str:
     """`47, 38 -> 7+8=15,1+4=5+3=8`: units first, each column begins with the carry of the one before."""
     steps, carry = [], 0
@@ -184,18 +192,21 @@ def _column_differences(large: int, small: int) -> str:
 
 @task_family("addition", _operands(2))
 def _addition(a: int, b: int) -> Problem:
-    return Problem(f"{a}+{b}=?", str(a + b), _column_sums(a, b), _unordered(a, b))
+    return Problem(f"{a}+{b}=?", str(a + b), _column_sums(a, b), _unordered(a, b), _without_carry(1, a, b))
 
 
 @task_family("subtraction", _operands(2))
 def _subtraction(a: int, b: int) -> Problem:
     large, small = max(a, b), min(a, b)
-    return Problem(f"{large}-{small}=?", str(large - small), _column_differences(large, small), f"{large},{small}")
+    answer, trace = str(large - small), _column_differences(large, small)
+    return Problem(f"{large}-{small}=?", answer, trace, f"{large},{small}", _without_carry(-1, large, small))
 
 
 @task_family("three_term_sum", _operands(3))
 def _three_term_sum(a: int, b: int, c: int) -> Problem:
-    return Problem(f"{a}+{b}+{c}=?", str(a + b + c), _column_sums(a, b, c), _unordered(a, b, c))
+    numbers = (a, b, c)
+    question, answer = f"{a}+{b}+{c}=?", str(sum(numbers))
+    return Problem(question, answer, _column_sums(*numbers), _unordered(*numbers), _without_carry(1, *numbers))
 
 
 @task_family("multiplication", _operands(2))

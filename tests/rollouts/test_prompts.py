@@ -174,3 +174,16 @@ def test_demonstrations_need_a_completion_column(records):
     source = open_source(records(columns=Columns(prompt="q", answer="a")))
     with pytest.raises(DataError, match=r"columns\.completion must be set for SFT"):
         source.demonstration(0)
+
+
+def test_hasty_demonstrations_are_wrong_only_where_something_is_carried_and_never_where_they_reason():
+    careful, hasty = (open_source(procedural(trace_fraction=0.5, hasty_fraction=share)) for share in (0.0, 1.0))
+    differing = 0
+    for index in range(300):
+        right, quick = careful.demonstration(index), hasty.demonstration(index)
+        assert right.content == right.prompt.answer
+        assert quick.prompt == right.prompt
+        if quick.reasoning:
+            assert quick == right
+        differing += quick.content != right.content
+    assert 50 < differing < 150

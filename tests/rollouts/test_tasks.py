@@ -140,3 +140,14 @@ def test_a_family_with_one_held_out_problem_among_hundreds_is_drawn_from():
     small = TaskFamily("addition", lambda difficulty: (problems,), lambda problem: problem)
     assert small.draw(2, "held_out", seed=0, index=0) == rare
     assert list(small.distinct(2, "held_out", seed=0)) == [rare]
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "hasty"),
+    [("addition", "77+63=?", "30"), ("subtraction", "61-22=?", "49"), ("three_term_sum", "48+47+12=?", "97")],
+)
+def test_a_hasty_answer_forgets_to_carry(name, question, hasty):
+    numbers = [int(number) for number in re.findall(r"\d+", question)]
+    problem = get_family(name).pose(*numbers)
+    assert (problem.question, problem.hasty) == (question, hasty)
+    assert problem.hasty != problem.answer
