@@ -100,7 +100,9 @@ def summarise(
     correct, n = _tally(sampled, correct_at)
     usable = {k: n >= k for k in pass_at}
     causes = _causes([*greedy, *sampled])
-    _require_values(greedy_n, usable, causes)
+    _require_values(
+        greedy_n, usable, causes, next((g.failure_report for g in (*greedy, *sampled) if g.failure_report), "")
+    )
     samples = [sample for scored in sampled for sample in scored.group.samples]
     has_greedy = greedy_n > 0
     return EvaluationResult(
@@ -143,7 +145,7 @@ def _causes(groups: Sequence[ScoredGroup]) -> dict[str, int]:
 
 
 def _require_values(
-    greedy_n: NDArray[np.int64], usable: Mapping[int, NDArray[np.bool_]], causes: Mapping[str, int]
+    greedy_n: NDArray[np.int64], usable: Mapping[int, NDArray[np.bool_]], causes: Mapping[str, int], failure: str
 ) -> None:
     empty = [] if greedy_n.any() else ["greedy accuracy"]
     empty += [f"pass@{k}" for k, use in usable.items() if not use.any()]
@@ -153,4 +155,5 @@ def _require_values(
     raise RewardFailureError(
         f"evaluation: no prompt has enough rewarded samples for {', '.join(empty)} ({why}). A figure over nothing "
         "would read as a result. See which reward component abstains or fails, or lower evaluation.pass_at."
+        + (f"\nFirst failure: {failure}" if failure else "")
     )

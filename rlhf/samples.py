@@ -181,6 +181,18 @@ class ScoredGroup:
         pairs = zip(self.group.samples, self.outcomes, strict=True)
         return tuple((sample, outcome) for sample, outcome in pairs if isinstance(outcome, RewardValue))
 
+    @property
+    def failure_report(self) -> str:
+        """The group's first failed reward with the very sample and the author's traceback; empty where none failed."""
+        for sample, outcome in zip(self.group.samples, self.outcomes, strict=True):
+            if isinstance(outcome, RewardFailed):
+                return (
+                    f"reward {outcome.component!r} on sample {sample.sample_id}, prompt {self.group.prompt.prompt_id}, "
+                    f"{outcome.attempts} attempt(s): {outcome.message}\ncompletion: {sample.completion!r}\n"
+                    f"answer: {self.group.prompt.answer!r}\n{outcome.traceback}"
+                )
+        return ""
+
 
 def _check_token_arrays(token_ids: np.ndarray, loss_mask: np.ndarray) -> None:
     if token_ids.ndim != 1 or token_ids.shape != loss_mask.shape:

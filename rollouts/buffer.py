@@ -13,7 +13,7 @@ from typing import Protocol
 
 from rlhf.errors import DeadlineError, GroupwiseError, RewardFailureError
 from rlhf.ledger import Ledger
-from rlhf.samples import Prompt, RewardFailed, ScoredGroup
+from rlhf.samples import Prompt, ScoredGroup
 from rlhf.selection import Arrivals, Rejected
 
 
@@ -110,9 +110,7 @@ class StalenessBuffer:
         oldest = list(self._waiting.items())[: self._limits.prompts_per_step]
         groups = [group for _, group in oldest if group is not None]
         wanted = min(self._limits.prompts_per_step, self._untaken)
-        if len(groups) < len(oldest) or (
-            len(groups) < wanted and self._dispatched < self._limits.max_dispatch_factor * self._limits.prompts_per_step
-        ):
+        if len(groups) < len(oldest) or (len(groups) < wanted and self._dispatched < self._max_dispatch):
             return None
         if not groups:
             raise GroupwiseError(
@@ -126,7 +124,6 @@ class StalenessBuffer:
         return groups
 
     def _receive(self, scored: ScoredGroup) -> None:
-        failures = [outcome for outcome in scored.outcomes if isinstance(outcome, RewardFailed)]
         self.arrived.add(scored)
         self.sampled_tokens += sum(sample.completion_tokens for sample in scored.group.samples)
         group_id = scored.group.group_id
@@ -137,23 +134,18 @@ class StalenessBuffer:
             self._ledger.close(group_id, rejected.state, rejected.detail)
             del self._waiting[group_id]
         of_a_step = max(self.arrived.groups, self._limits.prompts_per_step) * len(scored.outcomes)
-        if failures and self.arrived.failed > self._limits.error_budget * of_a_step:
-            raise RewardFailureError(self._over_budget(scored, failures[0]))
+        if scored.failure_report and self.arrived.failed > self._limits.error_budget * of_a_step:
+            raise RewardFailureError(self._over_budget(scored))
 
     def _checked(self, group: ScoredGroup, version: int) -> ScoredGroup:
         lag = version - group.group.first_version
         assert 0 <= lag <= self._limits.max_staleness, f"group {group.group.group_id} is {lag} versions old"
         return group
 
-    def _over_budget(self, scored: ScoredGroup, failure: RewardFailed) -> str:
-        number = scored.outcomes.index(failure)
-        sample = scored.group.samples[number]
+    def _over_budget(self, scored: ScoredGroup) -> str:
         return (
             f"rewards.error_budget = {self._limits.error_budget}: {self.arrived.failed} of "
-            f"{len(self.arrived.completion_tokens)} rewards of this step failed. "
-            f"First: reward {failure.component!r} on sample {sample.sample_id} (prompt "
-            f"{scored.group.prompt.prompt_id}), {failure.attempts} attempt(s): {failure.message}\n"
-            f"completion: {sample.completion!r}\nanswer: {scored.group.prompt.answer!r}\n{failure.traceback}"
+            f"{len(self.arrived.completion_tokens)} rewards of this step failed. Last: {scored.failure_report}"
         )
 
     def _overdue(self) -> str:

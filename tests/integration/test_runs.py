@@ -76,10 +76,14 @@ def finish(process: subprocess.Popen, timeout_s: float = 300) -> tuple[int, str]
     return process.returncode, output
 
 
-def left_behind(root: Path) -> list[str]:
-    """Processes and files of a run under `root`: those that name it, and Ray's, which name the run's own folder."""
-    marks = [str(root), *(str(path) for path in Path("/tmp").glob("groupwise-*"))]
-    found = [str(path) for path in Path("/tmp").glob("groupwise-*")]
+def ray_folders() -> set[Path]:
+    return set(Path("/tmp").glob("groupwise-*"))
+
+
+def left_behind(root: Path, folders_before: set[Path]) -> list[str]:
+    """Folders and processes of a run under `root`: processes that name it, or a Ray folder made since."""
+    folders = ray_folders() - folders_before
+    marks, found = [str(root), *map(str, folders)], list(map(str, folders))
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -103,7 +107,7 @@ def metrics(root: Path, stage: str) -> list[dict]:
 def test_a_run_trains_evaluates_saves_and_leaves_nothing_behind(tmp_path, plugins):
     from transformers import AutoModelForCausalLM
 
-    before = shared_memory()
+    before, folders = shared_memory(), ray_folders()
     root = tmp_path / "runs"
     code, output = finish(start(root, *component(plugins, "spread")))
     assert code == 0, output
@@ -126,7 +130,7 @@ def test_a_run_trains_evaluates_saves_and_leaves_nothing_behind(tmp_path, plugin
     assert {row["step"] for row in samples} == {0, 1, 2}
     assert all("spread" in row["parts"] and "math" in row["parts"] for row in samples)
     AutoModelForCausalLM.from_pretrained(root / "latest" / "policy")
-    assert left_behind(root) == []
+    assert left_behind(root, folders) == []
     assert shared_memory() <= before
 
 
@@ -144,18 +148,18 @@ def test_two_engines_one_rank_and_a_staleness_of_one(tmp_path, plugins):
 
 
 def test_a_reward_that_raises_stops_the_run_with_its_authors_traceback(tmp_path, plugins):
-    root = tmp_path / "runs"
+    root, folders = tmp_path / "runs", ray_folders()
     code, output = finish(start(root, *component(plugins, "broken"), "stages.sft.steps=1"))
     assert code == 1
     assert "my_rewards.py" in output
     assert 'return lookup["a key that is not there"]' in output
     assert "KeyError" in output
-    assert left_behind(root) == []
+    assert left_behind(root, folders) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_every_process(tmp_path, plugins, number):
-    before = shared_memory()
+    before, folders = shared_memory(), ray_folders()
     root = tmp_path / "runs"
     process = start(root, *component(plugins, "spread"), "stages.sft.steps=5000")
     deadline = time.monotonic() + 200
@@ -165,5 +169,5 @@ def test_an_interrupt_ends_every_process(tmp_path, plugins, number):
     process.send_signal(number)
     code, output = finish(process, 60)
     assert code == 130, output
-    assert left_behind(root) == []
+    assert left_behind(root, folders) == []
     assert shared_memory() <= before
