@@ -228,7 +228,7 @@ def test_above_the_error_budget_the_run_stops_with_the_authors_traceback_and_the
     text = str(caught.value)
     assert text.startswith("rewards.error_budget = 0.1: 2 of 4 rewards of this step failed.")
     assert "Traceback: line 7 of the_authors_file.py" in text
-    assert re.search(r"reward 'math' on sample rl-\d{6}/0 \(prompt prompt-rl-\d{6}\), 2 attempt\(s\): division", text)
+    assert re.search(r"reward 'math' on sample rl-\d{6}/0, prompt prompt-rl-\d{6}, 2 attempt\(s\): division", text)
     assert "the completion of rl-" in text
 
 
