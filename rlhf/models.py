@@ -367,8 +367,9 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
+    options = {"return_tensors": True, "model_to_load": model, "torch_dtype": torch.float32}
     with redirect_stderr(io.StringIO()):  # its progress bar is not ours to show
-        checkpoint = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model, torch_dtype=torch.float32)
+        checkpoint = load_gguf_checkpoint(str(gguf), **options)
     missing, unexpected = model.load_state_dict(checkpoint["tensors"], strict=False)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert set(missing) <= tied and not unexpected, f"{gguf}: missing {missing}, unexpected {unexpected}"
