@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -170,8 +170,8 @@ def result(reference: Any, what: str) -> Any:
         if isinstance(error.cause, GroupwiseError):
             raise error.cause from None
         raise WorkerLostError(f"{what} failed in the worker:\n{error}") from None
-    except RayActorError as error:
-        raise WorkerLostError(f"{what}: the worker process died.\n{error}") from None
+    except RayError as error:  # died, ran out of memory, lost its node: Ray's message says which
+        raise WorkerLostError(f"{what}: the worker process was lost.\n{error}") from None
 
 
 def redirect_output(path: Path) -> None:
