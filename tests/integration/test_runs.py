@@ -71,7 +71,7 @@ def start(root: Path, *overrides: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 300) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout_s: float = 500) -> tuple[int, str]:
     output, _ = process.communicate(timeout=timeout_s)
     return process.returncode, output
 
@@ -167,7 +167,7 @@ def test_an_interrupt_ends_every_process(tmp_path, plugins, number):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(1)
     process.send_signal(number)
-    code, output = finish(process, 60)
+    code, output = finish(process, 120)
     assert code == 130, output
     assert left_behind(root, folders) == []
     assert shared_memory() <= before
