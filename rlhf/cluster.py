@@ -110,13 +110,15 @@ class Cluster:
         needed = sum(bundle.get("CPU", 0.0) for bundle in bundles(self._config))
         cores = float(os.cpu_count() or 1)
         cpus = max(cores, needed) if self._config.cluster.oversubscribe_cpus else cores
-        ray.init(
-            address="local",
-            num_cpus=int(-(-cpus // 1)),
-            include_dashboard=False,
-            _temp_dir=str(self._temp_dir),
-            **quiet,
-        )
+        options = {"num_cpus": int(-(-cpus // 1)), "include_dashboard": False, "_temp_dir": str(self._temp_dir)}
+        try:
+            ray.init(address="local", **options, **quiet)
+        except Exception as error:
+            # Ray gives its own processes 30 s, which nothing can change, and then raises a bare Exception.
+            raise DeadlineError(
+                f"start of Ray: it did not come up on this machine. {error} A busy machine is the usual cause: free some "
+                "cores or memory and start again."
+            ) from error
 
     def _reserve(self) -> None:
         wanted = bundles(self._config)
