@@ -116,8 +116,8 @@ class Cluster:
         except Exception as error:
             # Ray gives its own processes 30 s, which nothing can change, and then raises a bare Exception.
             raise DeadlineError(
-                f"start of Ray: it did not come up on this machine. {error} A busy machine is the usual cause: free some "
-                "cores or memory and start again."
+                f"start of Ray: it did not come up on this machine. {error} A busy machine is the usual cause: free "
+                "some cores or memory and start again."
             ) from error
 
     def _reserve(self) -> None:
