@@ -332,4 +332,6 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     sys.argv[1:] = force_value_overrides(sys.argv[1:])
     signal.signal(signal.SIGTERM, _interrupt)
+    # A shell without job control starts background commands with SIGINT ignored; `kill -INT` must still end the run.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
