@@ -163,7 +163,7 @@ class RolloutsConfig(Section):
     max_staleness: Annotated[int, Field(ge=0, le=64)] = 0  # learner version - sample's first version, at consumption
     max_dispatch_factor: Positive = 8  # a step may dispatch at most this many times prompts_per_step
     max_concurrent_samples: Positive = 256  # per engine
-    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0  # CPU engines
+    kv_cache_gib: Positive = 1  # CPU engines; vLLM takes whole GiB
     gpu_memory_utilization: Fraction = 0.6  # GPU engines
     prefix_caching: bool = True
     silence_deadline_s: Seconds = 300.0  # longest wait without any group coming back

@@ -20,11 +20,11 @@ CPU_ENVIRONMENT = {
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 
 
-def environment(device: str, kv_cache_gib: float) -> dict[str, str]:
+def environment(device: str, kv_cache_gib: int) -> dict[str, str]:
     """Environment variables that must be set before vllm is imported in the engine's process."""
     if device != "cpu":
         return dict(ENVIRONMENT)
-    return {**ENVIRONMENT, **CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(kv_cache_gib)))}
+    return {**ENVIRONMENT, **CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
 
 
 class VllmEngine:

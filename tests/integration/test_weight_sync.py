@@ -117,7 +117,7 @@ def run_config(tied: bool) -> RunConfig:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def stack(request, tmp_path_factory):
-    os.environ.update(engine_environment("cpu", 1.0) | learner_environment("cpu", 1))
+    os.environ.update(engine_environment("cpu", 1) | learner_environment("cpu", 1))
     stack = Stack(tmp_path_factory.mktemp("sync"), request.param)
     yield stack
     stack.learner.close()
