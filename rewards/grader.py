@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from rewards import registry
 from rlhf.errors import ConfigError
+from rlhf.plugins import load_modules
 
 MAX_REASON_CHARS = 500
 MAX_TRACEBACK_CHARS = 8000
@@ -56,7 +57,7 @@ def die_with_parent(lifeline_fd: int) -> None:
 def _catalogue(modules: Iterable[str]) -> dict[str, Any]:
     """The first line: every registered reward with its parameters, or why the modules cannot be loaded."""
     try:
-        registry.load_modules(modules)
+        load_modules("rewards.modules", modules)
         functions = [registry.lookup(name) for name in registry.names()]
     except ConfigError as error:
         return {"kind": "config_error", "problems": error.problems}

@@ -11,23 +11,17 @@ imports torch, ray or numpy: reward functions run in small killable processes.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any, overload
 
-from rlhf.errors import ConfigError, GroupwiseError
+from rlhf.errors import ConfigError, GroupwiseError, did_you_mean
 
-BUILTIN_MODULES = ("rewards.format", "rewards.math")
+BUILTIN_MODULES = ("rewards.conciseness", "rewards.format", "rewards.language", "rewards.math")
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -206,30 +200,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTERED))
 
 
-def load_modules(paths: Iterable[str]) -> None:
-    """Import dotted modules and `.py` files so that the rewards in them register; a file is imported once.
-
-    Raises ConfigError with the author's traceback when one cannot be imported.
-    """
-    for path in paths:
-        try:
-            _load_file(Path(path).resolve()) if path.endswith(".py") else importlib.import_module(path)
-        except ConfigError:
-            raise
-        except Exception as error:
-            detail = "".join(traceback.format_exception(error))
-            raise ConfigError(
-                [f"rewards.modules = {path!r}: must be importable. {error!r}. Fix the module or its path.\n{detail}"]
-            ) from error
-
-
 def unknown_name(key: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not among `known`, with the nearest one."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    suggestion = f"Did you mean {near[0]!r}? " if near else ""
     listed = ", ".join(known) or "(none)"
-    return f"{key} = {name!r}: must be one of {listed}. There is no such name. {suggestion}".rstrip()
+    return f"{key} = {name!r}: must be one of {listed}. There is no such name. {did_you_mean(name, known, '')}".rstrip()
 
 
 def _register(name: str, function: Callable[..., Any], low: float, high: float) -> Callable[..., Any]:
@@ -243,19 +218,3 @@ def _register(name: str, function: Callable[..., Any], low: float, high: float) 
         )  # fmt: skip
     _REGISTERED[name] = RewardFunction(name, function, float(low), float(high), location)
     return function
-
-
-def _load_file(path: Path) -> None:
-    name = f"rewards_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,6 +9,7 @@ from ray.actor import ActorHandle
 
 from rewards.scorer import Scorer
 from rlhf.config import RewardsConfig
+from rlhf.plugins import absolute
 from rlhf.samples import SampleGroup, ScoredGroup
 
 
@@ -34,8 +34,7 @@ def spawn(config: RewardsConfig, count: int, actor_options: dict[str, Any]) -> l
 
     Paths in `config.modules` are made absolute here, because an actor may run in another folder.
     """
-    modules = tuple(str(Path(path).resolve()) if path.endswith(".py") else path for path in config.modules)
-    config = config.model_copy(update={"modules": modules})
+    config = config.model_copy(update={"modules": absolute(config.modules)})
     options = {"max_concurrency": config.processes + 1} | actor_options  # one more, for ping and close
     actor = ray.remote(RewardWorker).options(**options)
     return [actor.remote(config) for _ in range(count)]

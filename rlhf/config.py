@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rlhf.plugins import absolute
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -195,35 +197,116 @@ class TrainingConfig(Section):
     collective_deadline_s: Seconds = 300.0
 
 
-class SftStage(Section):
-    kind: Literal["sft"]
-    steps: Positive
-    batch_size: Positive = 128
-    reasoning_fraction: Fraction = 0.75
-    optimizer: OptimizerConfig
-
-
-class RlStage(Section):
-    kind: Literal["rl"]
-    steps: Positive
-    prompts_per_step: Positive = 64
-    updates_per_step: Positive = 1  # optimiser steps the samples of one step are split into
-    evaluate_every: Annotated[int, Field(ge=0)] = 0  # RL steps; 0 = only before and after
-    optimizer: OptimizerConfig
-
-
-StageConfig = Annotated[SftStage | RlStage, Field(discriminator="kind")]
-
-
 class AlgorithmConfig(BaseModel):
     """`name` picks the algorithm; every other key is one of its hyper-parameters, checked by the algorithm itself."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
+    modules: tuple[str, ...] = ()  # importable modules or .py files that register more algorithms
+
+    def with_absolute_modules(self) -> AlgorithmConfig:
+        """The same, for a process that runs in another folder."""
+        return self.model_copy(update={"modules": absolute(self.modules)})
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+class SftStage(Section):
+    """Supervised learning on demonstrations; several rounds are several stages, each with data of its own."""
+
+    kind: Literal["sft"]
+    steps: Positive
+    batch_size: Positive = 128
+    reasoning_fraction: Fraction = 0.75  # share of demonstrations in reasoning mode
+    reasoning_token_ratio: Annotated[float, Field(gt=0.0, le=100.0)] | None = None  # trained tokens, 1.5 = EXAONE 4.0
+    data: SourceConfig | None = None  # None: data.train
+    optimizer: OptimizerConfig
+
+
+class RlStage(Section):
+    """Online reinforcement learning."""
+
+    kind: Literal["rl"]
+    steps: Positive
+    prompts_per_step: Positive = 64
+    updates_per_step: Positive = 1  # optimiser steps the samples of one step are split into
+    evaluate_every: Annotated[int, Field(ge=0)] = 0  # RL steps; 0 = only before and after
+    algorithm: AlgorithmConfig | None = None  # None: the algorithm of the run
+    data: SourceConfig | None = None  # None: data.train
+    optimizer: OptimizerConfig
+
+
+class FilterStage(Section):
+    """Samples prompts with the current policy; later stages over the same data take what is left of them.
+
+    EXAONE 4.0: 8 completions from the SFT model, and the prompt goes when all 8 are correct.
+    """
+
+    kind: Literal["filter"]
+    prompts: Positive = 1024  # the first so many; all, where the source has fewer
+    samples_per_prompt: Positive = 8
+    drop_at_least: Annotated[int, Field(ge=1)] | None = None  # correct samples; None: all of samples_per_prompt
+    drop_at_most: Annotated[int, Field(ge=0)] | None = None  # None: hard prompts stay, 0 drops the unsolved
+    temperature: Annotated[float, Field(gt=0.0, le=5.0)] = 1.0
+    data: SourceConfig | None = None  # None: data.train
+
+
+class CollectStage(Section):
+    """Samples completions with the current policy, scores them and writes pairs or groups to a Parquet file.
+
+    Chosen is the shortest correct completion (EXAONE 4.0, stage 1) or that of the highest reward; rejected the worst by
+    reward of all, or of the incorrect ones. `incorrect_else_longest_correct` takes the longest correct one where none is
+    incorrect; it must then be longer than the chosen, whatever the rewards. A truncated completion is never chosen.
+    """
+
+    kind: Literal["collect"]
+    prompts: Positive = 256
+    samples_per_prompt: Annotated[int, Field(ge=2, le=64)] = 8
+    temperature: Annotated[float, Field(gt=0.0, le=5.0)] = 1.0
+    reasoning_fraction: Fraction = 1.0
+    produce: Literal["pairs", "groups"] = "pairs"
+    chosen: Literal["shortest_correct", "highest_reward"] = "highest_reward"
+    rejected: Literal["incorrect", "incorrect_else_longest_correct", "lowest_reward"] = "lowest_reward"
+    min_reward_gap: Annotated[float, Field(ge=0.0)] = 0.0  # chosen and rejected, best and worst differ by more
+    group_size: Annotated[int, Field(ge=2, le=64)] = 4  # of produce: groups; the best, the worst and random others
+    weights: dict[str, float] = Field(default_factory=dict)  # reward part -> weight; empty: the reward of the run
+    reuse: str | None = None  # an earlier collect stage whose records are mixed in
+    reuse_fraction: Fraction = 0.0  # share of the records that come from it
+    data: SourceConfig | None = None  # None: data.train
+
+
+class PreferenceFile(Section):
+    """Preference records in a file or data set: `prompt, chosen, rejected` or `prompt, completions, rewards`."""
+
+    kind: Literal["jsonl", "parquet", "huggingface"]
+    path: str
+    name: str | None = None  # huggingface: the configuration
+    split: str = "train"  # huggingface
+    limit: Positive | None = None
+    system_prompt: str | None = None
+
+
+class PreferenceStage(Section):
+    """Trains on stored completions: DPO and SimPER on pairs, GROUPER on groups."""
+
+    kind: Literal["preference"]
+    data: str | PreferenceFile  # the name of an earlier collect stage, or a file
+    epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    batch_size: Positive = 32  # pairs or groups of an optimiser step
+    reasoning_mode: bool = True  # of records from a file
+    algorithm: AlgorithmConfig | None = None  # None: the algorithm of the run
+    optimizer: OptimizerConfig
+
+
+TrainingStage = SftStage | RlStage | PreferenceStage
+"""Stages that change the weights."""
+
+StageConfig = Annotated[SftStage | RlStage | FilterStage | CollectStage | PreferenceStage, Field(discriminator="kind")]
 
 
 # --- weight sync, cluster, tracking, evaluation -----------------------------------------------------------------------
@@ -289,6 +372,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     dry_run: bool = False
     run_root: str = "runs"
+    cache_root: str = "runs/cache"  # reference log-probs and filter results, by what they were made from
     min_free_disk_mib: Annotated[int, Field(ge=0)] = 512
     model: ModelConfig
     data: DataConfig
@@ -301,6 +385,12 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    def algorithm_of(self, stage: TrainingStage) -> AlgorithmConfig:
+        """The algorithm that trains `stage`."""
+        if isinstance(stage, SftStage):
+            return AlgorithmConfig(name="sft")
+        return (stage.algorithm or self.algorithm).with_absolute_modules()
 
     @property
     def transport(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlhf.algorithms import Algorithm
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.batches import AnnotatedBatch, TrainBatch, UpdateReport, annotated, rollout_batch, train_batch
 from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
@@ -45,9 +45,10 @@ class Controller:
     rollouts: RolloutSource
     learners: LearnerGroup
     publisher: Publisher
-    algorithm: Algorithm
+    algorithm: OnlineAlgorithm
     ledger: Ledger
     version: WeightVersion
+    correct_at: float
     updates_per_step: int
     observe: Callable[[StepRecord], None]
     dump: Callable[[TrainBatch], None]
@@ -87,8 +88,11 @@ class Controller:
             raise
 
     def _annotate(self, groups: Sequence[ScoredGroup]) -> AnnotatedBatch:
-        batch = rollout_batch(groups, self.version)
-        return annotated(batch, self.learners.proximal_logprobs(batch))
+        batch = rollout_batch(groups, self.version, self.correct_at)
+        proximal = self.learners.logprobs(batch)
+        if self.algorithm.needs.reference_logprobs:
+            return annotated(batch, proximal, self.learners.reference_logprobs(batch))
+        return annotated(batch, proximal)
 
     def _optimiser_steps(self, batch: AnnotatedBatch, advantages: torch.Tensor) -> Iterator[TrainBatch]:
         """The batch split by whole groups into one TrainBatch for each optimiser step."""

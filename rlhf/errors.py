@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The fix part of a message about an unknown name: the nearest known one, or all of them."""
-    names = list(known)
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The fix part of a message about an unknown name: the nearest known one, else `otherwise`, else all of them."""
+    names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
-    return f'Did you mean "{nearest[0]}"?' if nearest else f"Known: {', '.join(names) or 'none'}."
+    if nearest:
+        return f"Did you mean {nearest[0]}?"
+    return f"Known: {', '.join(names) or 'none'}." if otherwise is None else otherwise
 
 
 class GroupwiseError(Exception):

@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rlhf import jsonl
-from rlhf.errors import DataError
+from rlhf.errors import DataError, did_you_mean
 from rlhf.samples import WeightVersion
 
 State = Literal["trained", "filtered", "abstained", "reward_error", "stale", "lost"]
@@ -146,9 +145,8 @@ def _tell(event: Event, previous: Event) -> str:
 
 def _unknown(path: Path, group_id: str) -> str:
     known = list({str(record["group_id"]): None for record in jsonl.read(path)})
-    near = get_close_matches(group_id, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"group {group_id}: not one of the {len(known)} groups in {path}.{hint}"
+    hint = did_you_mean(group_id, known, "Its ledger.jsonl has them.")
+    return f"group {group_id}: not one of the {len(known)} groups in {path}. {hint}"
 
 
 def _check_detail(group_id: str, state: Any, detail: str | int | None) -> None:

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-EXTREMA = ("policy/ratio",)
+EXTREMA = ("policy/ratio", "mismatch/ratio")
 """Metrics whose raw minimum and maximum are logged beside the mean: an average hides what explodes."""
 
 
 @dataclass(slots=True)
 class TokenMetrics:
-    """Sum, count, minimum and maximum of each metric over the tokens of a loss mask."""
+    """Sum, count, minimum and maximum of each metric over the tokens, or rows, of a mask."""
 
     totals: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Take in `values` [B, T] where `mask` [B, T] is True."""
+        """Take in `values` where `mask` is True; both [B, T], or [B] for metrics of whole rows."""
         chosen = values.detach()[mask].double()
         if not chosen.numel():
             return

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from rlhf.algorithms import build
 from rlhf.cluster import bundles, roles
-from rlhf.config import RewardComponent, RlStage, RunConfig, SftStage
-from rlhf.training.batching import micro_batch_count
+from rlhf.config import (
+    CollectStage,
+    FilterStage,
+    PreferenceFile,
+    PreferenceStage,
+    RewardComponent,
+    RlStage,
+    RunConfig,
+    SftStage,
+    StageConfig,
+    TrainingStage,
+)
+from rlhf.training.batching import micro_batches_of
 
 Section = tuple[str, list[tuple[str, object]]]
 
@@ -47,24 +59,61 @@ def _processes(config: RunConfig) -> list[tuple[str, object]]:
     return rows
 
 
-def _stage(config: RunConfig, stage: SftStage | RlStage) -> list[tuple[str, object]]:
-    ranks, size = config.training.ranks, config.training.micro_batch_size
-    if isinstance(stage, SftStage):
-        rows, what = stage.batch_size, f"{stage.batch_size} demonstrations"
-    else:
-        group, updates = config.rollouts.group_size, stage.updates_per_step
-        rows = stage.prompts_per_step * group // updates
-        what = f"{stage.prompts_per_step} prompts x {group} samples = {stage.prompts_per_step * group} rows"
-        what += f", {updates} optimiser step(s)"
-    count = micro_batch_count(rows, ranks, size)
-    arithmetic = f"{rows} rows = {ranks} ranks x {count} micro-batches x up to {size}"
+def _stage(config: RunConfig, stage: StageConfig) -> list[tuple[str, object]]:
+    match stage:
+        case SftStage():
+            what = f"{stage.batch_size} demonstrations"
+            return _training(config, stage, what, stage.batch_size, stage.steps)
+        case RlStage():
+            group, updates = config.rollouts.group_size, stage.updates_per_step
+            what = f"{stage.prompts_per_step} prompts x {group} samples = {stage.prompts_per_step * group} rows"
+            what += f", {updates} optimiser step(s)"
+            return _training(config, stage, what, stage.prompts_per_step * group // updates, stage.steps)
+        case PreferenceStage():
+            return _preference(config, stage)
+        case FilterStage():
+            dropped = f"{stage.drop_at_least or stage.samples_per_prompt} or more"
+            dropped += "" if stage.drop_at_most is None else f", or {stage.drop_at_most} or fewer"
+            return [
+                ("prompts", f"up to {stage.prompts} x {stage.samples_per_prompt}"),
+                ("dropped", f"{dropped} correct"),
+            ]
+        case CollectStage():
+            rule = f"{stage.chosen} over {stage.rejected}" if stage.produce == "pairs" else f"of {stage.group_size}"
+            reused = [("reused", f"{stage.reuse_fraction:.0%} from {stage.reuse}")] if stage.reuse else []
+            prompts = f"up to {stage.prompts} x {stage.samples_per_prompt}"
+            return [("prompts", prompts), (stage.produce, rule), *reused]
+
+
+def _named(data: str | PreferenceFile) -> str:
+    return data if isinstance(data, str) else data.path
+
+
+def _preference(config: RunConfig, stage: PreferenceStage) -> list[tuple[str, object]]:
+    chosen, collect = config.algorithm_of(stage), None
+    data = build(chosen.name, chosen.hyperparameters, chosen.modules).needs.data
+    if isinstance(stage.data, str):
+        collect = config.stages.get(stage.data)
+    what, epochs = f"{stage.batch_size} {data} of {_named(stage.data)}", f"{stage.epochs:g} epoch(s)"
+    if data == "pairs":
+        return _training(config, stage, what, stage.batch_size, epochs, rows_per_unit=2)
+    if isinstance(collect, CollectStage):
+        return _training(config, stage, what, stage.batch_size * collect.group_size, epochs)
+    # Only the file knows how many completions its groups have.
+    return [row for row in _training(config, stage, what, stage.batch_size, epochs) if row[0] != "an update"]
+
+
+def _training(
+    config: RunConfig, stage: TrainingStage, what: str, units: int, steps: object, *, rows_per_unit: int = 1
+) -> list[tuple[str, object]]:
+    """The rows of a stage that trains `units` an update; the rows of one unit are never split."""
+    ranks, size = config.training.ranks, max(1, config.training.micro_batch_size // rows_per_unit)
+    count, rows = micro_batches_of(units, ranks, size), units * rows_per_unit
     optimizer = stage.optimizer
-    rate = f"{optimizer.learning_rate:g}, {optimizer.warmup_steps} warm-up, {optimizer.schedule}"
-    algorithm = "sft" if isinstance(stage, SftStage) else config.algorithm.name
     return [
-        ("algorithm", algorithm),
-        ("steps", stage.steps),
+        ("algorithm", config.algorithm_of(stage).name),
+        ("steps", steps),
         ("a step", what),
-        ("an update", arithmetic),
-        ("learning rate", rate),
+        ("an update", f"{rows} rows = {ranks} ranks x {count} micro-batches x up to {size * rows_per_unit}"),
+        ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.warmup_steps} warm-up, {optimizer.schedule}"),
     ]

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlhf.algorithms import Algorithm
-from rlhf.batches import RolloutBatch, SupervisedBatch, TrainBatch, UpdateReport
-from rlhf.config import OptimizerConfig
+from rlhf.batches import Batch, Rows, UpdateReport
+from rlhf.config import AlgorithmConfig, OptimizerConfig
 from rlhf.evaluation import EvaluationResult
 from rlhf.samples import ScoredGroup, WeightVersion
 from rlhf.selection import Arrivals
@@ -30,15 +29,22 @@ class SyncReport:
 class LearnerGroup(Protocol):
     """All learner ranks as one."""
 
-    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: Algorithm) -> None:
+    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: AlgorithmConfig) -> None:
         """Start a stage: the weights at `model_path` and a fresh optimiser."""
         ...
 
-    def proximal_logprobs(self, batch: RolloutBatch) -> Tensor:
-        """Log-probs [N, T] under the current weights at the rollout temperature, in the order of `batch`."""
+    def logprobs(self, batch: Rows) -> Tensor:
+        """Log-probs [N, T] under the current weights, in the order of `batch`.
+
+        At the rollout temperature in stages over rollouts, at 1 in the others.
+        """
         ...
 
-    def update(self, batch: TrainBatch | SupervisedBatch) -> UpdateReport: ...
+    def reference_logprobs(self, batch: Rows) -> Tensor:
+        """The same under the weights at the start of the stage; only where its algorithm over rollouts needs them."""
+        ...
+
+    def update(self, batch: Batch) -> UpdateReport: ...
 
     def save_policy(self, directory: Path) -> None:
         """The policy in Hugging Face format, with its tokenizer; the same bits the learner holds."""

@@ -1,8 +1,8 @@
 """Rules that cross the sections of a run config. Each is a small function that yields one message per broken rule.
 
 A rule names the sections it reads as its parameters; `check` runs every rule whose sections are all valid, so one wrong
-field does not hide the rest. Besides the sections of RunConfig a rule may ask for `algorithm_name` and `reward_names`;
-`algorithm` is the built algorithm.
+field does not hide the rest. Besides the sections of RunConfig a rule may ask for `reward_names`, and for `algorithms`:
+by stage, those that could be built.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,9 +21,12 @@ from urllib.parse import urlparse
 from rlhf.algorithms import Algorithm
 from rlhf.config import (
     ClusterConfig,
+    CollectStage,
     EvaluationConfig,
     Exaone4TinyModel,
+    FilterStage,
     ModelConfig,
+    PreferenceStage,
     RewardsConfig,
     RlStage,
     RolloutsConfig,
@@ -31,12 +34,26 @@ from rlhf.config import (
     StageConfig,
     TrackingConfig,
     TrainingConfig,
+    TrainingStage,
     WeightSyncConfig,
 )
+from rlhf.errors import did_you_mean
 
 Messages = Iterator[str]
 Rule = Callable[..., Messages]
 Stages = Mapping[str, StageConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The algorithm of a stage, built; `key` is where the config chooses it."""
+
+    key: str
+    name: str
+    algorithm: Algorithm
+
+
+Algorithms = Mapping[str, Chosen]
 
 MIN_PROMPT_TOKENS = 8
 TRANSPORTS = ("auto", "ray", "nccl", "cuda_ipc")
@@ -60,11 +77,6 @@ def check(known: Mapping[str, Any]) -> list[str]:
 def problem(key: str, value: object, rule: str, reason: str, fix: str) -> str:
     """The form every message about a config has: `key = value: rule. reason. fix.`"""
     return f"{key} = {value}: {rule}. {reason}. {fix}{'' if fix.endswith('?') else '.'}"
-
-
-def did_you_mean(name: str, known: Sequence[str], otherwise: str) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"Did you mean {near[0]}?" if near else otherwise
 
 
 def _rule(function: Rule) -> Rule:
@@ -101,6 +113,8 @@ def stage_names_differ_without_case(stages: Stages) -> Messages:
 @_rule
 def warm_up_fits_the_stage(stages: Stages) -> Messages:
     for name, stage in stages.items():
+        if not isinstance(stage, SftStage | RlStage):
+            continue
         updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
         if stage.optimizer.warmup_steps > updates:
             key = f"stages.{name}.optimizer.warmup_steps"
@@ -111,7 +125,7 @@ def warm_up_fits_the_stage(stages: Stages) -> Messages:
 
 @_rule
 def learning_rate_ends_below_its_start(stages: Stages) -> Messages:
-    for name, stage in stages.items():
+    for name, stage in _training(stages):
         lowest, highest = stage.optimizer.min_learning_rate, stage.optimizer.learning_rate
         if lowest > highest:
             key = f"stages.{name}.optimizer.min_learning_rate"
@@ -122,7 +136,7 @@ def learning_rate_ends_below_its_start(stages: Stages) -> Messages:
 
 @_rule
 def betas_are_decay_rates(stages: Stages) -> Messages:
-    for name, stage in stages.items():
+    for name, stage in _training(stages):
         if not all(0.0 <= beta < 1.0 for beta in stage.optimizer.betas):
             key, betas = f"stages.{name}.optimizer.betas", list(stage.optimizer.betas)
             rule, reason = "both must be >= 0 and < 1", "They are decay rates of running means"
@@ -147,35 +161,162 @@ def prompts_divide_into_updates(stages: Stages) -> Messages:
 
 
 @_rule
-def rl_trains_on_rollouts(stages: Stages, algorithm: Algorithm, algorithm_name: str) -> Messages:
-    if not algorithm.needs.rollouts:
-        for name, _ in _rl(stages):
+def every_stage_has_an_algorithm_for_its_data(stages: Stages, algorithms: Algorithms) -> Messages:
+    for name, chosen in algorithms.items():
+        stage, data = stages[name], chosen.algorithm.needs.data
+        if isinstance(stage, RlStage) and data != "rollouts":
             rule = f"must be an algorithm that trains on rollouts, because stage {name} is of kind rl"
-            reason = "This one has no advantages"
-            yield problem("algorithm.name", algorithm_name, rule, reason, "Choose another, such as grpo_icepop")
+            yield problem(f"{chosen.key}.name", chosen.name, rule, f"This one trains on {data}", "Choose one of them, "
+                          "such as grpo_icepop, or give the stage an algorithm of its own")  # fmt: skip
+        if isinstance(stage, PreferenceStage) and data not in ("pairs", "groups"):
+            rule = f"must be an algorithm over stored completions, because stage {name} is of kind preference"
+            fix = "Choose dpo, simper or grouper, or give the stage an algorithm of its own"
+            yield problem(f"{chosen.key}.name", chosen.name, rule, f"This one trains on {data}", fix)
+
+
+@_rule
+def preference_stages_follow_what_they_train_on(stages: Stages, algorithms: Algorithms) -> Messages:
+    names = list(stages)
+    for place, (name, stage) in enumerate(stages.items()):
+        if not isinstance(stage, PreferenceStage) or not isinstance(stage.data, str):
+            continue
+        earlier = {n: s for n in names[:place] if isinstance(s := stages[n], CollectStage)}
+        source = earlier.get(stage.data)
+        if source is None:
+            rule = "must be the name of an earlier stage of kind collect, or a file as {kind, path}"
+            reason = "Its pairs or groups must exist when this stage begins"
+            fix = did_you_mean(stage.data, earlier, f"Earlier ones: {', '.join(earlier) or 'none'}")
+            yield problem(f"stages.{name}.data", stage.data, rule, reason, fix)
+            continue
+        chosen = algorithms.get(name)
+        wanted = chosen.algorithm.needs.data if chosen else source.produce
+        if chosen and wanted in ("pairs", "groups") and wanted != source.produce:
+            rule = f"must be {wanted}, because stage {name} trains {chosen.name} on them"
+            key = f"stages.{stage.data}.produce"
+            yield problem(key, source.produce, rule, "The algorithm has no use for others", f"Set it to {wanted}")
+
+
+@_rule
+def collected_data_is_reused_from_its_like(stages: Stages) -> Messages:
+    names = list(stages)
+    for place, (name, stage) in enumerate(stages.items()):
+        if not isinstance(stage, CollectStage):
+            continue
+        earlier = {n: s for n in names[:place] if isinstance(s := stages[n], CollectStage)}
+        key = f"stages.{name}.reuse"
+        if stage.reuse is None:
+            if stage.reuse_fraction:
+                reason = "Nothing says which stage's records to mix in"
+                yield problem(f"{key}_fraction", stage.reuse_fraction, "needs reuse", reason, f"Set {key}")
+        elif not stage.reuse_fraction:
+            reason = "None of its records would be mixed in"
+            yield problem(key, stage.reuse, "needs reuse_fraction above 0", reason, f"Set {key}_fraction")
+        elif stage.reuse not in earlier:
+            fix = did_you_mean(stage.reuse, earlier, f"Earlier ones: {', '.join(earlier) or 'none'}")
+            rule, reason = "must be an earlier stage of kind collect", "Its records must exist by then"
+            yield problem(key, stage.reuse, rule, reason, fix)
+        elif earlier[stage.reuse].produce != stage.produce:
+            rule = f"must be a stage with produce = {stage.produce}"
+            yield problem(key, stage.reuse, rule, "Pairs and groups do not mix", "Make both the same")
+        if stage.reuse_fraction >= 1.0:
+            reason = "Some records must come from this stage"
+            yield problem(f"{key}_fraction", stage.reuse_fraction, "must be below 1", reason, "Lower it")
+
+
+@_rule
+def collected_groups_fit_their_samples(stages: Stages) -> Messages:
+    for name, stage in stages.items():
+        if (
+            isinstance(stage, CollectStage)
+            and stage.produce == "groups"
+            and stage.group_size > stage.samples_per_prompt
+        ):
+            rule = f"must be at most samples_per_prompt = {stage.samples_per_prompt}"
+            reason = "A group is picked from the samples of one prompt"
+            yield problem(f"stages.{name}.group_size", stage.group_size, rule, reason, f"Set it to "
+                          f"{stage.samples_per_prompt} or less")  # fmt: skip
+
+
+@_rule
+def collected_parts_are_rewards(stages: Stages, rewards: RewardsConfig) -> Messages:
+    for name, stage in _collect(stages):
+        for part in stage.weights:
+            component = part.partition("/")[0]
+            if component not in rewards.components:
+                reason = "No component of this name is in rewards.components"
+                fix = did_you_mean(component, rewards.components, f"There are {', '.join(rewards.components)}")
+                rule = "must be a reward component, or component/part"
+                yield problem(f"stages.{name}.weights.{part}", stage.weights[part], rule, reason, fix)
+
+
+@_rule
+def filters_leave_something(stages: Stages) -> Messages:
+    for name, stage in stages.items():
+        if not isinstance(stage, FilterStage):
+            continue
+        high = stage.samples_per_prompt if stage.drop_at_least is None else stage.drop_at_least
+        if high > stage.samples_per_prompt:
+            rule, reason = f"must be at most samples_per_prompt = {stage.samples_per_prompt}", "No prompt has so many"
+            yield problem(f"stages.{name}.drop_at_least", high, rule, reason, "Lower it")
+        if stage.drop_at_most is not None and stage.drop_at_most >= high - 1:
+            rule = f"must be below drop_at_least - 1 = {high - 1}"
+            reason = "Every prompt would be dropped, as too hard or as too easy"
+            yield problem(f"stages.{name}.drop_at_most", stage.drop_at_most, rule, reason, "Lower it or leave it out")
+
+
+@_rule
+def token_ratio_replaces_the_fraction(stages: Stages) -> Messages:
+    for name, stage in stages.items():
+        if (
+            isinstance(stage, SftStage)
+            and stage.reasoning_token_ratio
+            # A config that was written down names every field.
+            and stage.reasoning_fraction != SftStage.model_fields["reasoning_fraction"].default
+        ):
+            rule = "must not be set together with reasoning_token_ratio"
+            reason = "Both say how much of the training is in reasoning mode"
+            yield problem(f"stages.{name}.reasoning_fraction", stage.reasoning_fraction, rule, reason, "Remove one")
 
 
 @_rule
 def corrected_ratios_need_the_full_vocabulary(
-    stages: Stages, rollouts: RolloutsConfig, algorithm: Algorithm, algorithm_name: str
+    stages: Stages, rollouts: RolloutsConfig, algorithms: Algorithms
 ) -> Messages:
-    if not (_rl(stages) and algorithm.needs.importance_correction):
+    names = [c.name for stage, c in algorithms.items() if c.algorithm.needs.importance_ratio]
+    if not names:
         return
     reason = "The learner's probabilities are over all tokens; over part of them the importance ratio is biased"
     if rollouts.top_p < 1.0:
-        yield problem("rollouts.top_p", rollouts.top_p, f"must be 1.0 with {algorithm_name}", reason, "Set it to 1.0")
+        yield problem("rollouts.top_p", rollouts.top_p, f"must be 1.0 with {names[0]}", reason, "Set it to 1.0")
     if rollouts.top_k > 0:
-        yield problem("rollouts.top_k", rollouts.top_k, f"must be 0 with {algorithm_name}", reason, "Set it to 0")
+        yield problem("rollouts.top_k", rollouts.top_k, f"must be 0 with {names[0]}", reason, "Set it to 0")
 
 
 @_rule
-def group_baselines_need_two_samples(
-    stages: Stages, rollouts: RolloutsConfig, algorithm: Algorithm, algorithm_name: str
-) -> Messages:
-    if _rl(stages) and algorithm.needs.group_baseline and rollouts.group_size < 2:
+def group_baselines_need_two_samples(rollouts: RolloutsConfig, algorithms: Algorithms) -> Messages:
+    names = [c.name for c in algorithms.values() if c.algorithm.needs.group_baseline]
+    if names and rollouts.group_size < 2:
         reason = "A sample is compared with the others of its group; alone, its advantage is always 0"
         fix = "Set it to 2 or more; 8 is usual"
-        yield problem("rollouts.group_size", rollouts.group_size, f"must be >= 2 with {algorithm_name}", reason, fix)
+        yield problem("rollouts.group_size", rollouts.group_size, f"must be >= 2 with {names[0]}", reason, fix)
+
+
+@_rule
+def algorithms_without_a_ratio_stay_on_policy(
+    stages: Stages, rollouts: RolloutsConfig, algorithms: Algorithms
+) -> Messages:
+    for name, chosen in algorithms.items():
+        stage = stages[name]
+        if not isinstance(stage, RlStage) or not chosen.algorithm.needs.on_policy:
+            continue
+        reason = f"{chosen.name} has no ratio to the policy that sampled, so later updates would be biased"
+        if stage.updates_per_step > 1:
+            key = f"stages.{name}.updates_per_step"
+            yield problem(key, stage.updates_per_step, f"must be 1 with {chosen.name}", reason, "Set it to 1")
+        if rollouts.max_staleness and not chosen.algorithm.needs.importance_ratio:
+            rule = f"must be 0 with {chosen.name} and no correction"
+            fix = f"Set it to 0, or {chosen.key}.correction.kind to tis_sequence"
+            yield problem("rollouts.max_staleness", rollouts.max_staleness, rule, reason, fix)
 
 
 # --- model and rollouts -----------------------------------------------------------------------------------------------
@@ -229,9 +370,9 @@ def tensor_parallel_divides_the_heads(model: ModelConfig, rollouts: RolloutsConf
 
 
 @_rule
-def every_sft_rank_has_a_row(stages: Stages, training: TrainingConfig) -> Messages:
+def every_offline_rank_has_a_row(stages: Stages, training: TrainingConfig) -> Messages:
     for name, stage in stages.items():
-        if isinstance(stage, SftStage) and training.ranks > stage.batch_size:
+        if isinstance(stage, SftStage | PreferenceStage) and training.ranks > stage.batch_size:
             rows = f"stages.{name}.batch_size = {stage.batch_size}"
             yield _too_many_ranks(training.ranks, stage.batch_size, rows)
 
@@ -272,8 +413,8 @@ def _too_many_ranks(ranks: int, rows: int, arithmetic: str) -> str:
 
 @_rule
 def rl_has_a_routed_reward(stages: Stages, rewards: RewardsConfig) -> Messages:
-    if _rl(stages) and all(part.applies == "always" for part in rewards.components.values()):
-        rule = "an rl stage needs at least one component with applies: routed"
+    if _scored(stages) and all(part.applies == "always" for part in rewards.components.values()):
+        rule = "stages that score samples need at least one component with applies: routed"
         reason = "Each record names the reward that verifies its answer, and only a routed one can be named"
         fix = "Set applies: routed on the component that the records name"
         yield problem("rewards.components", _braced(rewards.components), rule, reason, fix)
@@ -422,6 +563,18 @@ def _has_wandb_key() -> bool:
 
 def _rl(stages: Stages) -> list[tuple[str, RlStage]]:
     return [(name, stage) for name, stage in stages.items() if isinstance(stage, RlStage)]
+
+
+def _training(stages: Stages) -> list[tuple[str, TrainingStage]]:
+    return [(name, stage) for name, stage in stages.items() if isinstance(stage, TrainingStage)]
+
+
+def _collect(stages: Stages) -> list[tuple[str, CollectStage]]:
+    return [(name, stage) for name, stage in stages.items() if isinstance(stage, CollectStage)]
+
+
+def _scored(stages: Stages) -> list[str]:
+    return [name for name, stage in stages.items() if isinstance(stage, RlStage | FilterStage | CollectStage)]
 
 
 def _divisors(number: int) -> list[int]:

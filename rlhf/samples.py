@@ -4,6 +4,7 @@ A stage changes the type, never a field from `None` to a value:
 
     Prompt -> RenderedPrompt -> SampleGroup -> ScoredGroup
     Prompt + worked answer = Demonstration -> TokenizedExample
+    ScoredGroup, or records of a file -> PreferencePair | PreferenceGroup
 
 Every array with one entry per token is aligned with `token_ids`: entry `t` belongs to token `t`. Tokens the policy did
 not choose (the prompt, template-injected tokens) have `loss_mask[t] = False` and `rollout_logprobs[t] = 0`.
@@ -54,6 +55,32 @@ class TokenizedExample:
 
     def __post_init__(self) -> None:
         _check_token_arrays(self.token_ids, self.loss_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two completions of one prompt, the first preferred; both hold the prompt's tokens."""
+
+    pair_id: str
+    chosen: TokenizedExample
+    rejected: TokenizedExample
+
+    @property
+    def completions(self) -> tuple[TokenizedExample, TokenizedExample]:
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceGroup:
+    """Completions of one prompt, each with a reward; all hold the prompt's tokens."""
+
+    group_id: str
+    completions: tuple[TokenizedExample, ...]
+    rewards: tuple[float, ...]
+
+
+PreferenceUnit = PreferencePair | PreferenceGroup
+"""What is dealt, shuffled and trained as one; its `completions` become rows in their order."""
 
 
 @dataclass(frozen=True, slots=True)

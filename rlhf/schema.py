@@ -19,6 +19,7 @@ _TYPES = {
     "object": "a mapping",
     "null": "null",
 }
+_NAMES = {"boolean": "bool", "integer": "int", "number": "float", "string": "str"}
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 
 
@@ -49,7 +50,8 @@ class Schema:
 
     @property
     def choices(self) -> list[str]:
-        return [str(choice) for choice in self.node.get("enum", [])]
+        only = [self.node["const"]] if "const" in self.node else []
+        return [str(choice) for choice in self.node.get("enum", only)]
 
     @property
     def description(self) -> str:
@@ -57,7 +59,7 @@ class Schema:
         if "anyOf" in self.node:
             return " or ".join(self.at(option).description for option in self.node["anyOf"])
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(self.choices)}" if len(self.choices) > 1 else self.choices[0]
         if self.tags:
             return f"a mapping with kind: {' or '.join(self.tags)}"
         words = [_TYPES.get(self.node.get("type", ""), "a valid value")]
@@ -71,7 +73,7 @@ class Schema:
     @property
     def default_hint(self) -> str:
         """`, or leave the key out for the default 8`, or `, or null`; empty where there is no simple default."""
-        if self.section is not self:
+        if any(option.get("type") == "null" for option in self.node.get("anyOf", [])):
             return ", or null"
         default = self.node.get("default")
         simple = default is not None and not isinstance(default, Mapping)
@@ -85,14 +87,17 @@ class Schema:
         return low if low is not None and value < low else high if high is not None and value > high else None
 
     def locate(self, location: Sequence[str | int]) -> tuple[tuple[str, ...], Schema, Schema]:
-        """(path, node, parent) of a pydantic error location, whose discriminator tags are no keys and left out."""
+        """(path, node, parent) of a pydantic error location. Its tags and names of union members are no keys."""
         path: list[str] = []
         node = parent = self
         for part in location:
             if part == "[key]":
                 continue
-            if str(part) in node.tags:
-                node = parent = node.member(str(part))
+            if str(part) in node.section.tags:
+                node = parent = node.section.member(str(part))
+                continue
+            if str(part) in node.members:
+                node = parent = node.members[str(part)]
                 continue
             parent = node.section
             path.append(str(part))
@@ -101,9 +106,17 @@ class Schema:
 
     @property
     def section(self) -> Schema:
-        """This place without `null`, where it is `section or null`."""
+        """The only thing besides `null` that this place may hold, or the only mapping; else the place itself."""
+        options = [self.at(option) for option in self.node.get("anyOf", []) if option.get("type") != "null"]
+        mappings = [option for option in options if option.properties or option.tags]
+        return options[0] if len(options) == 1 else mappings[0] if len(mappings) == 1 else self
+
+    @property
+    def members(self) -> dict[str, Schema]:
+        """What a place of several things may hold, by the names in pydantic's error locations; else empty."""
         options = [option for option in self.node.get("anyOf", []) if option.get("type") != "null"]
-        return self.at(options[0]) if len(options) == 1 else self
+        names = [option.get("$ref", "").rpartition("/")[2] or _NAMES.get(option.get("type"), "") for option in options]
+        return dict(zip(names, map(self.at, options), strict=True)) if len(options) > 1 else {}
 
     def member(self, tag: str) -> Schema:
         return self.at({"$ref": self.node["discriminator"]["mapping"][tag]})

@@ -72,26 +72,40 @@ class Rejected:
     detail: str
 
 
-def select(scored: ScoredGroup, *, filter_zero_variance: bool, minimum: int = 2) -> Rejected | None:
-    """None when the group trains. It needs `minimum` samples with a reward, and reward variance if asked for."""
-    values = [outcome.value for _, outcome in scored.valued]
-    if len(values) < minimum:
-        if any(isinstance(outcome, RewardFailed) for outcome in scored.outcomes):
-            return Rejected("reward_error", _first(scored, RewardFailed))
-        if any(isinstance(outcome, Abstained) for outcome in scored.outcomes):
-            return Rejected("abstained", _first(scored, Abstained))
-        return Rejected("filtered", "too_few_samples")
+GroupFilter = Literal["none", "zero_variance", "all_correct", "not_mixed"]
+"""Groups that do not train: none, with equal rewards, with all samples correct, with all or no samples correct."""
+
+
+def select(
+    scored: ScoredGroup, group_filter: GroupFilter, *, correct_at: float = 1.0, minimum: int = 2
+) -> Rejected | None:
+    """None when the group trains. It needs `minimum` samples with a reward, and must pass the filter."""
+    if len(scored.valued) < minimum:
+        return _too_few(scored)
     if any(sample.completion_tokens == 0 for sample, _ in scored.valued):
         return Rejected("filtered", "empty_completion")
-    if filter_zero_variance and max(values) == min(values):
-        return Rejected("filtered", _equal_rewards(scored))
-    return None
+    rule = _filtered(scored, group_filter, correct_at)
+    return None if rule is None else Rejected("filtered", rule)
 
 
-def _equal_rewards(scored: ScoredGroup) -> str:
-    """Why all rewards are equal; shaping can make those of right and wrong samples meet."""
-    solved = [outcome.task > 0 for _, outcome in scored.valued]
-    return "all_correct" if all(solved) else "mixed_equal" if any(solved) else "all_wrong"
+def _too_few(scored: ScoredGroup) -> Rejected:
+    if any(isinstance(outcome, RewardFailed) for outcome in scored.outcomes):
+        return Rejected("reward_error", _first(scored, RewardFailed))
+    if any(isinstance(outcome, Abstained) for outcome in scored.outcomes):
+        return Rejected("abstained", _first(scored, Abstained))
+    return Rejected("filtered", "too_few_samples")
+
+
+def _filtered(scored: ScoredGroup, group_filter: GroupFilter, correct_at: float) -> str | None:
+    """The rule by which `group_filter` drops the group."""
+    correct = [outcome.task >= correct_at for _, outcome in scored.valued]
+    kind = "all_correct" if all(correct) else "mixed_equal" if any(correct) else "all_wrong"
+    if group_filter == "zero_variance":
+        values = [outcome.value for _, outcome in scored.valued]
+        # Shaping can make the rewards of right and wrong samples meet.
+        return kind if max(values) == min(values) else None
+    dropped = {"none": (), "all_correct": ("all_correct",), "not_mixed": ("all_correct", "all_wrong")}[group_filter]
+    return kind if kind in dropped else None
 
 
 def _first(scored: ScoredGroup, kind: type[Abstained] | type[RewardFailed]) -> str:

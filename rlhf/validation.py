@@ -6,6 +6,7 @@ in `rlhf.config`, rules across sections from `rlhf.rules`.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf import algorithms, rules
-from rlhf.algorithms import Algorithm
-from rlhf.config import AlgorithmConfig, RunConfig, StageConfig
-from rlhf.errors import ConfigError
-from rlhf.rules import did_you_mean, problem
+from rlhf.config import AlgorithmConfig, PreferenceStage, RlStage, RunConfig, StageConfig
+from rlhf.errors import ConfigError, did_you_mean
+from rlhf.rules import problem
 from rlhf.schema import Schema, keys_of
 
 ELSEWHERE = {
@@ -32,11 +32,14 @@ ELSEWHERE = {
     "n": "group_size",
     "num_generations": "group_size",
     "num_gpus": "ranks",
+    "steps": "epochs",
     "top_n": "top_k",
     "world_size": "ranks",
 }
 """What other trainers call a key -> what it is called here."""
 
+_OWN_KEY = re.compile(r"(?<![\w.])algorithm\.(name|modules)\b")
+_RULE_OF_A_FIELD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*) (must .+)", re.DOTALL)
 _RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
@@ -87,13 +90,26 @@ def check_run_root(config: RunConfig) -> int:
 
 def _crossing(sections: Mapping[str, Any], reward_names: Sequence[str] | None) -> list[str]:
     known: dict[str, Any] = {**sections, "reward_names": reward_names}
-    chosen: AlgorithmConfig | None = known.pop("algorithm", None)
-    problems: list[str] = []
-    if chosen is not None:
-        algorithm, problems = _build(chosen)
-        if algorithm is not None:
-            known |= {"algorithm": algorithm, "algorithm_name": chosen.name}
+    algorithms_of, problems = _build_all(known.pop("algorithm", None), sections.get("stages") or {})
+    known["algorithms"] = algorithms_of
     return problems + rules.check(known)
+
+
+def _build_all(default: AlgorithmConfig | None, stages: Mapping[str, Any]) -> tuple[dict[str, rules.Chosen], list[str]]:
+    """The algorithm of each stage that has or shares one, where it can be built, and the problems of all."""
+    built: dict[str, rules.Chosen] = {}
+    shared, problems = _build(default, "algorithm") if default is not None else (None, [])
+    for name, stage in stages.items():
+        if not isinstance(stage, RlStage | PreferenceStage):
+            continue
+        if stage.algorithm is None:
+            chosen = shared
+        else:
+            chosen, own = _build(stage.algorithm, f"stages.{name}.algorithm")
+            problems += own
+        if chosen is not None:
+            built[name] = chosen
+    return built, problems
 
 
 def _valid_sections(raw: Any) -> dict[str, Any]:
@@ -135,23 +151,27 @@ def _stage_adapter() -> TypeAdapter[Any]:
     return TypeAdapter(StageConfig)
 
 
-def _build(chosen: AlgorithmConfig) -> tuple[Algorithm | None, list[str]]:
+def _build(chosen: AlgorithmConfig, key: str) -> tuple[rules.Chosen | None, list[str]]:
+    """The algorithm that the config at `key` chooses, or what is wrong with it."""
     try:
-        return algorithms.build(chosen.name, chosen.hyperparameters), []
+        return rules.Chosen(key, chosen.name, algorithms.build(*_arguments(chosen))), []
     except ConfigError as error:
-        return None, error.problems
+        # The registry does not know that a stage chose; a traceback in the message may name other things like it.
+        return None, [_OWN_KEY.sub(rf"{key}.\1", message) for message in error.problems]
     except ValidationError as error:
         schema = _algorithm_schema(chosen.name)
-        keys = [*(f"algorithm.{key}" for key in schema.properties), *keys_of(Schema.of(RunConfig), {})]
-        return None, [_message(item, schema, keys, ("algorithm",)) for item in error.errors(include_url=False)]
+        prefix = tuple(key.split("."))
+        keys = [*(f"{key}.{name}" for name in schema.properties), *keys_of(Schema.of(RunConfig), {})]
+        return None, [_message(item, schema, keys, prefix) for item in error.errors(include_url=False)]
+
+
+def _arguments(chosen: AlgorithmConfig) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    return chosen.name, chosen.hyperparameters, chosen.modules
 
 
 def _algorithm_schema(name: str) -> Schema:
-    """The algorithm's own fields; nothing known where one of them has no default."""
-    try:
-        return Schema.of(type(algorithms.build(name, {})))
-    except (ConfigError, ValidationError):
-        return Schema({}, {})
+    """The algorithm's own fields; nothing known of one that is not registered."""
+    return Schema.of(algorithms.algorithm(name)) if name in algorithms.names() else Schema({}, {})
 
 
 # --- pydantic's errors in the form of ours ----------------------------------------------------------------------------
@@ -163,8 +183,24 @@ def _field_problems(error: ValidationError, raw: Any) -> Iterator[str]:
     chosen = raw.get("algorithm") if isinstance(raw, Mapping) else None
     if isinstance(chosen, Mapping):
         keys += [f"algorithm.{key}" for key in _algorithm_schema(str(chosen.get("name"))).properties]
-    for item in error.errors(include_url=False):
+    for item in _told_once(error, schema):
         yield _message(item, schema, keys)
+
+
+def _told_once(error: ValidationError, schema: Schema) -> Iterator[dict[str, Any]]:
+    """The errors, without those of a member of a union that the value was not meant for.
+
+    pydantic tries every member of `text or a mapping` and reports what each has against the value.
+    """
+    seen = set()
+    for item in error.errors(include_url=False):
+        *place, last = item["loc"] or ("",)
+        node = schema.locate(place)[1]
+        if last not in node.members:
+            yield {**item}
+        elif not isinstance(item["input"], Mapping) and tuple(place) not in seen:
+            seen.add(tuple(place))
+            yield {**item, "loc": tuple(place)}
 
 
 def _message(item: Any, schema: Schema, keys: Sequence[str], prefix: tuple[str, ...] = ()) -> str:
@@ -177,15 +213,32 @@ def _message(item: Any, schema: Schema, keys: Sequence[str], prefix: tuple[str, 
         reason = "A typo must not pass for a setting"
         return problem(key, _shown(value), rule, reason, _other_key(path, list(parent.properties), keys))
     if kind.startswith("union_tag"):
-        tags = node.tags
+        tags = node.section.tags
         given = item["ctx"].get("tag", "(missing)")
         reason = "It decides which other keys there are"
         fix = did_you_mean(str(given), tags, "Choose one of them")
         return problem(f"{key}.kind", given, f"must be one of {', '.join(tags)}", reason, fix)
+    if kind == "value_error":
+        return _of_a_validator(key, value, str(item["ctx"]["error"]), node)
     rule = f"must be {node.description}"
     if kind == "missing":
         return problem(key, "(missing)", rule, "It has no default", f"Add {key}")
     return problem(key, _shown(value), rule, *_reason_and_fix(item, node))
+
+
+def _of_a_validator(key: str, value: Any, text: str, node: Schema) -> str:
+    """A message of our own validators, which say rule, reason and fix themselves: `kl.placement must not be ...`.
+
+    They are of a whole section; the key and the value are those of the field that the text begins with.
+    """
+    named = _RULE_OF_A_FIELD.fullmatch(text)
+    if named is None:
+        return f"{key} = {_shown(value)}: {text}."
+    field, rest = named.groups()
+    for name in field.split("."):
+        given = value if isinstance(value, Mapping) else {}
+        value, node = given.get(name, node.properties.get(name, {}).get("default")), node.child(name)
+    return f"{key}.{field} = {_shown(value)}: {rest}."
 
 
 def _reason_and_fix(item: Any, node: Schema) -> tuple[str, str]:
@@ -198,20 +251,23 @@ def _reason_and_fix(item: Any, node: Schema) -> tuple[str, str]:
         return "The value is out of range", default if nearest is None else f"The nearest valid value is {nearest}"
     if kind.endswith(("_type", "_parsing", "_from_float")):
         return f"This is {_kind(value)}", default
-    if kind == "string_pattern_mismatch":
-        return "This text does not match", "Rename it"
-    if kind == "too_short":
-        return "There are too few entries", "Add one"
-    return item["msg"].rstrip("."), default
+    plain = {
+        "finite_number": ("It is not finite", default),
+        "string_pattern_mismatch": ("This text does not match", "Rename it"),
+        "too_short": ("There are too few entries", "Add one"),
+    }
+    return plain.get(kind, (item["msg"].rstrip("."), default))
 
 
 def _other_key(path: tuple[str, ...], siblings: Sequence[str], keys: Sequence[str]) -> str:
     """The nearest valid key: of this name at this level or another one, else of a similar name here or elsewhere."""
     own, *parents = reversed(path)
     prefix, name = ".".join(reversed(parents)), ELSEWHERE.get(own, own)
+    names = (own, name)
     here = {f"{prefix}.{sibling}".lstrip("."): sibling for sibling in siblings}
     last = {key: key.rpartition(".")[2] for key in keys}
-    same = [key for key, leaf in here.items() if leaf == name] or [key for key, leaf in last.items() if leaf == name]
+    found = ([key for key, leaf in places.items() if leaf == name] for places in (here, last) for name in names)
+    same = next(filter(None, found), [])
     if not same:
         near = get_close_matches(name, siblings, n=1) or get_close_matches(name, set(last.values()), n=1, cutoff=0.75)
         places = here if near and near[0] in siblings else last

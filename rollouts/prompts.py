@@ -6,13 +6,14 @@ A source is a pure function of an index, so the whole state of a stream is one i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rlhf.config import ProceduralSource, SourceConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.samples import Demonstration, Prompt
-from rollouts.records import FileSource, Record, load_records
+from rollouts.records import Record, load_records
+from rollouts.rows import FileSource
 from rollouts.tasks import Problem, TaskFamily, digest, get_family
 
 PROCEDURAL_REWARD = "math"
@@ -156,6 +157,37 @@ class RecordPrompts:
         order = range(len(self._records))
         for index in _shuffled(order, self.fingerprint, "evaluation") if self.shuffled else order:
             yield self._records[index].prompt
+
+
+class SelectedPrompts:
+    """Some prompts of another source, in the order of `indices`: a finite source, whatever the other one is.
+
+    A stream shuffles them unless the other source is one that keeps its order. Raises DataError where there are none.
+    """
+
+    def __init__(self, source: PromptSource, indices: Sequence[int]) -> None:
+        if not indices:
+            fix = "Relax the filter (drop_at_least, drop_at_most) or give it more prompts."
+            raise DataError(f"prompts = 0: a selection must keep at least one prompt. None is left. {fix}")
+        self._source = source
+        self._indices = tuple(indices)
+        self.size: int | None = len(self._indices)
+        self.shuffled = source.shuffled or source.size is None
+        self.fingerprint = _fingerprint([source.fingerprint, self._indices])
+
+    def prompt(self, index: int) -> Prompt:
+        return self._source.prompt(self._indices[index])
+
+    def demonstration(self, index: int) -> Demonstration:
+        return self._source.demonstration(self._indices[index])
+
+    def distinct(self) -> Iterator[Prompt]:
+        """In the order of the indices; a prompt that an endless source repeats comes once."""
+        seen: set[str] = set()
+        for prompt in map(self._source.prompt, self._indices):
+            if prompt.prompt_id not in seen:
+                seen.add(prompt.prompt_id)
+                yield prompt
 
 
 def _plain(record: Record) -> list[Any]:

@@ -31,7 +31,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_context_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
-        self._max_context_tokens = max_context_tokens
+        self.max_context_tokens = max_context_tokens
         self._has_template = bool(tokenizer.chat_template)
         self.supports_reasoning = self._text(_PROBE, True) != self._text(_PROBE, False)
         self._opening = {mode: _opened_thinking(self._text(_PROBE, mode)) for mode in (False, True)}
@@ -52,18 +52,22 @@ class Renderer:
         return RenderedPrompt(prompt, np.array(token_ids, dtype=np.int32), reasoning_mode)
 
     def demonstration(self, demonstration: Demonstration, reasoning_mode: bool) -> TokenizedExample:
+        """The prompt and the worked answer, as `prompt` and `completion` render them; raises what those raise."""
+        rendered = self.prompt(demonstration.prompt, reasoning_mode)
+        return self.completion(rendered, demonstration.reasoning, demonstration.content)
+
+    def completion(self, rendered: RenderedPrompt, reasoning: str, content: str) -> TokenizedExample:
         """Prompt tokens, then what the policy should have sampled: the end-of-turn token is the last to be trained.
 
         In reasoning mode that is the reasoning, the closing tag and the content; else the content alone. Raises
         DataError where it does not fit the context.
         """
-        rendered = self.prompt(demonstration.prompt, reasoning_mode)
-        completion = self._encode(self._completion_text(demonstration, rendered.reasoning_mode))
+        completion = self._encode(self._completion_text(reasoning, content, rendered.reasoning_mode))
         token_ids = np.array([*rendered.token_ids, *completion, self._end_of_turn_id], dtype=np.int32)
-        if len(token_ids) > self._max_context_tokens:
-            limit = f"{self._max_context_tokens} (model.max_context_tokens)"
+        if len(token_ids) > self.max_context_tokens:
+            limit = f"{self.max_context_tokens} (model.max_context_tokens)"
             fix = "Raise model.max_context_tokens or remove the record."
-            name = f"demonstration {demonstration.prompt.prompt_id}"
+            name = f"prompt {rendered.prompt.prompt_id} with its completion"
             raise DataError(f"{name}: must have at most {limit} tokens. It has {len(token_ids)}. {fix}")
         return TokenizedExample(token_ids, np.arange(len(token_ids)) >= len(rendered.token_ids))
 
@@ -75,13 +79,13 @@ class Renderer:
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return self._opening[reasoning_mode] + text
 
-    def _completion_text(self, demonstration: Demonstration, reasoning_mode: bool) -> str:
+    def _completion_text(self, reasoning: str, content: str, reasoning_mode: bool) -> str:
         opening = self._opening[reasoning_mode]
         if not opening and not reasoning_mode:
-            return demonstration.content
-        reasoning = demonstration.reasoning + "\n" if demonstration.reasoning else ""
+            return content
+        thoughts = reasoning + "\n" if reasoning else ""
         unopened = "" if opening else THINK_OPEN + "\n"
-        return unopened + reasoning + THINK_CLOSE + demonstration.content
+        return unopened + thoughts + THINK_CLOSE + content
 
     def _prompt_ids(self, prompt: Prompt, reasoning_mode: bool) -> list[int]:
         try:

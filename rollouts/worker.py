@@ -122,7 +122,7 @@ class RolloutClient:
         for number, request in enumerate(requests):
             group = self.engines[number % len(self.engines)].generate.remote(request)
             references.append(self._graders[number % len(self._graders)].score.remote(group))
-        return gather(references, "evaluation", deadline_s)
+        return gather(references, f"sampling {requests[0].group_id} and on" if requests else "sampling", deadline_s)
 
     def pause(self) -> None:
         clear = self._config.weight_sync.clear_kv_cache

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-PACKAGES = ("rlhf", "rewards", "rollouts")
+PACKAGES = ("rlhf", "rewards", "rollouts", "benchmarks")
 FILES = ["launch.py", *sorted(str(path.relative_to(ROOT)) for p in PACKAGES for path in (ROOT / p).rglob("*.py"))]
 
 ONLY_IN = {
@@ -23,11 +23,13 @@ ONLY_IN = {
     "deepspeed": ("rlhf/training/deepspeed_engine.py",),
     "vllm": ("rollouts/vllm_engine.py", "rollouts/weight_receiver.py", "rlhf/weight_sync/transports.py"),
     "wandb": ("rlhf/tracking.py",),
-    "hydra": ("launch.py",),
-    "omegaconf": ("launch.py",),
+    # A benchmark composes the runs that it starts.
+    "hydra": ("launch.py", "benchmarks/*.py"),
+    "omegaconf": ("launch.py", "benchmarks/*.py"),
 }
 NEVER = [("rlhf", "rollouts"), ("rlhf", "rewards"), ("rollouts", "rewards"), ("rewards", "rollouts")]
 NEVER += [("rewards", "torch"), *((package, "launch") for package in PACKAGES)]
+NEVER += [(package, "benchmarks") for package in PACKAGES if package != "benchmarks"]
 FORMULAS = ("rlhf/advantages", "rlhf/losses")
 
 
@@ -58,6 +60,7 @@ def breaches(package: str, allowed: tuple[str, ...]) -> Iterator[str]:
 
 def test_there_is_something_to_check() -> None:
     assert len(FILES) > 40
+    assert {str(Path(file).parent) for file in FILES} >= {"rlhf/stages", "rlhf/algorithms", "benchmarks", "rollouts"}
     assert any(module.startswith("ray") for _, module in imports("rlhf/cluster.py"))
 
 
@@ -154,6 +157,19 @@ def check(*overrides: str) -> Any:
     return validate(composed(*overrides), reward_names=registry.names())
 
 
+def experiment_of(option: str) -> list[str]:
+    """An experiment that the option of a config group is for, with what the user of the option has to give."""
+    from rlhf import algorithms
+    from rlhf.algorithms.page import default_needs
+
+    group, _, name = option.partition("=")
+    if group == "algorithm":
+        data = default_needs(algorithms.algorithm(name)).data
+        if data in ("pairs", "groups"):
+            return ["experiment=algorithms_offline", f"++stages.collect.produce={data}"]
+    return ["experiment=quickstart", *(["model.max_context_tokens=256"] if name == "smollm2_135m" else [])]
+
+
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
@@ -166,10 +182,26 @@ def test_every_experiment_composes_and_validates(experiment: str) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_of_a_config_group_fits_the_quickstart(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_a_config_group_fits_an_experiment_of_its_kind(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    overrides = ["model.max_context_tokens=256"] if option == "model=smollm2_135m" else []
-    assert check("experiment=quickstart", option, *overrides)
+    assert check(*experiment_of(option), option)
+
+
+def test_every_algorithm_has_an_option_of_its_name_except_the_one_that_sft_stages_take() -> None:
+    from rlhf import algorithms
+
+    options = {path.stem for path in (CONF / "algorithm").glob("*.yaml")}
+    assert options == set(algorithms.names()) - {"sft"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_configuration_a_run_writes_down_is_valid_again(experiment: str) -> None:
+    from rlhf.validation import validate
+
+    config = check(f"experiment={experiment}")
+    assert validate(config.model_dump(mode="json")) == config
 
 
 def test_there_is_a_config_group_for_every_section_of_the_run_config() -> None:

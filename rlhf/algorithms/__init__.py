@@ -3,7 +3,7 @@
 `build(name, hyperparameters)` returns a frozen object; `names()` lists what is registered.
 """
 
-from rlhf.algorithms.base import Algorithm, Needs, TokenLoss
-from rlhf.algorithms.registry import build, names, register
+from rlhf.algorithms.base import About, Algorithm, Needs, TokenLoss
+from rlhf.algorithms.registry import algorithm, build, names, register
 
-__all__ = ["Algorithm", "Needs", "TokenLoss", "build", "names", "register"]
+__all__ = ["About", "Algorithm", "Needs", "TokenLoss", "algorithm", "build", "names", "register"]

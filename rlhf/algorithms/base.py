@@ -3,32 +3,65 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from rlhf.batches import AnnotatedBatch, Rows
+from rlhf.batches import Rows
 from rlhf.losses.reduce import Reduction, token_weights
+
+Data = Literal["demonstrations", "rollouts", "pairs", "groups"]
+"""What an algorithm trains on: demonstrations (SFT), fresh rollouts (RL), or stored preference pairs or groups."""
 
 
 class Needs(NamedTuple):
-    """What a run must provide for an algorithm. The learner and the rules ask this, never the algorithm's name."""
+    """What a run must provide for an algorithm. The learner and the rules ask this, never the algorithm's name.
 
-    rollouts: bool = False
+    `group_baseline`: at least two samples a prompt. `reference_logprobs`: of the weights at the start of the stage.
+    `importance_ratio`: compares learner and engine probabilities, which the engine must give over the whole
+    vocabulary. `on_policy`: has no ratio between the policy and the one that sampled.
+    """
+
+    data: Data
     group_baseline: bool = False
-    proximal_logprobs: bool = False
-    importance_correction: bool = False
+    reference_logprobs: bool = False
+    importance_ratio: bool = False
+    on_policy: bool = False
+
+    @property
+    def rollouts(self) -> bool:
+        return self.data == "rollouts"
+
+
+class About(NamedTuple):
+    """What the documentation page says of an algorithm besides its fields; see `rlhf.algorithms.page`.
+
+    `metrics`: name -> meaning of what it logs beyond the metrics that every algorithm has.
+    """
+
+    title: str
+    formula: str
+    source: str
+    deviations: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """`loss` [B, T], unreduced, with gradient; `metrics` name -> [B, T] without, averaged over the loss mask."""
+    """`loss` [B, T], unreduced, with gradient; the rest without, for the log.
+
+    `metrics` name -> [B, T], averaged over the loss mask; `row_metrics` name -> (values [B], bool [B] of the rows that
+    have one), averaged over those rows.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    row_metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Algorithm(BaseModel):
@@ -36,18 +69,31 @@ class Algorithm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    needs: ClassVar[Needs]
-    reduction: Reduction
-    filter_zero_variance: ClassVar[bool] = False
+    about: ClassVar[About]
+
+    reduction: Annotated[Reduction, Field(description="how token losses become one number")]
+    fixed_length: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="C of the reduction fixed_length, in tokens"
+    )
+
+    @model_validator(mode="after")
+    def _fixed_length_goes_with_its_reduction(self) -> Algorithm:
+        if (self.reduction == "fixed_length") != (self.fixed_length is not None):
+            raise ValueError(
+                "fixed_length must be set with reduction = fixed_length, and only with it. It is the constant that "
+                "token losses are divided by. Set both or neither"
+            )
+        return self
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What a run must provide, for these hyper-parameters."""
 
     @abstractmethod
     def token_loss(self, logprobs: Tensor, batch: Rows) -> TokenLoss:
         """Loss of every token from the policy's `logprobs` [B, T]. Gradient flows through `logprobs` only."""
 
-    def advantages(self, batch: AnnotatedBatch) -> Tensor:
-        """Advantages [N] of all samples of one rollout step."""
-        raise TypeError(f"{type(self).__name__} trains without rewards and has no advantages")
-
     def token_weights(self, loss_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Reduction weights [N, T] of one optimiser step."""
-        return token_weights(loss_mask, self.reduction, dtype=dtype)
+        return token_weights(loss_mask, self.reduction, fixed_length=self.fixed_length, dtype=dtype)

@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from rlhf.advantages import group_mean_centred
-from rlhf.algorithms.base import Algorithm, Needs, TokenLoss
+from rlhf.algorithms.base import About
+from rlhf.algorithms.correction import Correction, IcePop
+from rlhf.algorithms.grpo import CLIP_METRICS, ClippedPolicy
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch, Rows, TrainBatch
-from rlhf.losses.correction import icepop
-from rlhf.losses.policy import clipped, clipped_surrogate
-from rlhf.losses.reduce import ReductionByLength
+from rlhf.batches import AnnotatedBatch
+from rlhf.losses.reduce import Reduction
+from rlhf.selection import GroupFilter
 
 
 @register("grpo_icepop")
-class GrpoIcePop(Algorithm):
+class GrpoIcePop(ClippedPolicy):
     """`J = (1/N) sum_i (1/T_i) sum_t M(k_t) min(ratio_t A_i, clip(ratio_t) A_i)`, `k = pi_prox / pi_rollout`.
 
-    Sources: EXAONE 4.5 (advantage `r - group mean` without std, zero-variance groups dropped, no KL); IcePop
-    2510.18855 for `M` (0.5 <= k <= 5). `ratio = pi_theta / pi_prox` is 1 when a step makes one update.
-    Degenerate: equal rewards give zero advantage, so such groups are filtered and refilled before the update.
+    `A = r - group mean`. `ratio = pi_theta / pi_prox` is 1 when a step makes one update. Degenerate: equal rewards give
+    zero advantage, so such groups are filtered and refilled before the update.
     """
 
-    needs: ClassVar[Needs] = Needs(
-        rollouts=True, group_baseline=True, proximal_logprobs=True, importance_correction=True
+    about: ClassVar[About] = About(
+        title="GRPO + IcePop (EXAONE 4.5)",
+        formula="J = (1/N) sum_i (1/T_i) sum_t M(k_t) min(ratio_t A_i, clip(ratio_t) A_i)\n"
+        "A_i = r_i - mean of its group,  k_t = pi_prox / pi_rollout,  M(k) = k if low <= k <= high else 0",
+        source="EXAONE 4.5 (advantage without std, zero-variance groups dropped, no KL); IcePop, arXiv 2510.18855",
+        deviations=("Clip bounds are not published; here PPO's 0.2 on both sides.",),
+        metrics=CLIP_METRICS,
     )
-    filter_zero_variance: ClassVar[bool] = True
 
-    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    clip_high: Annotated[float, Field(gt=0.0)] = 0.2
-    icepop_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    icepop_high: Annotated[float, Field(ge=1.0)] = 5.0
-    scale_by_std: bool = False
-    reduction: ReductionByLength = "sequence_mean"
+    reduction: Reduction = "sequence_mean"
+    correction: Correction = Field(default=IcePop(kind="icepop"), description="IcePop: alpha 0.5, beta 5 in the paper")
+    group_filter: GroupFilter = "zero_variance"
 
-    def advantages(self, batch: AnnotatedBatch) -> Tensor:
-        return group_mean_centred(batch.rewards, batch.group_index, scale_by_std=self.scale_by_std)
-
-    def token_loss(self, logprobs: Tensor, batch: Rows) -> TokenLoss:
-        assert isinstance(batch, TrainBatch)
-        proximal, advantages = batch.proximal_logprobs, batch.advantages
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        weights = icepop(proximal, batch.rollout_logprobs, low=self.icepop_low, high=self.icepop_high)
-        loss = weights * clipped_surrogate(logprobs, proximal, advantages, **clip)
-        return TokenLoss(
-            loss,
-            {
-                "policy/ratio": (logprobs.detach() - proximal).exp(),
-                "policy/clip_fraction": clipped(logprobs.detach(), proximal, advantages, **clip),
-                "mismatch/masked_fraction": (weights == 0).to(logprobs.dtype),
-            },
-        )
+    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+        return group_mean_centred(rewards, batch.group_index)

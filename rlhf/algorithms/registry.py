@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from rlhf.algorithms.base import Algorithm
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, did_you_mean
+from rlhf.plugins import load_modules
 
 _algorithms: dict[str, type[Algorithm]] = {}
 
@@ -41,14 +41,19 @@ def names() -> list[str]:
     return sorted(_algorithms)
 
 
-def build(name: str, hyperparameters: Mapping[str, Any]) -> Algorithm:
-    """The algorithm `name` with its hyper-parameters.
+def build(name: str, hyperparameters: Mapping[str, Any], modules: Sequence[str] = ()) -> Algorithm:
+    """The algorithm `name` with its hyper-parameters, after the user's own `modules` have registered theirs.
 
-    Raises ConfigError for an unknown name, `pydantic.ValidationError` for a wrong hyper-parameter.
+    Raises ConfigError for an unknown name or module, `pydantic.ValidationError` for a wrong hyper-parameter.
     """
+    load_modules("algorithm.modules", modules)
     if name not in names():
-        near = get_close_matches(name, names(), n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        known = ", ".join(names())
-        raise ConfigError([f"algorithm.name = {name}: must be a registered algorithm. {hint}Known: {known}."])
+        fix = f"{did_you_mean(name, names())} algorithm.modules can register more."
+        raise ConfigError([f"algorithm.name = {name}: must be a registered algorithm. None has this name. {fix}"])
     return _algorithms[name](**hyperparameters)
+
+
+def algorithm(name: str) -> type[Algorithm]:
+    """The registered class."""
+    names()
+    return _algorithms[name]

@@ -14,38 +14,56 @@ from rlhf.batches import Rows
 R = TypeVar("R", bound=Rows)
 
 
-def deal(lengths: Tensor, ranks: int) -> list[Tensor]:
-    """Row indices of each rank, for `lengths` [N]: longest first, back and forth, so that ranks get like work.
+def deal(batch: Rows, ranks: int) -> list[Tensor]:
+    """Row indices of each rank: longest units first, back and forth, so that ranks get like work.
 
-    Every row is dealt exactly once; a rank may get none when there are fewer rows than ranks.
+    Every row is dealt exactly once, with the other rows of its unit; a rank may get none when there are few units.
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
+    order = _longest_units_first(batch)
     lap = torch.arange(len(order)) // ranks
     place = torch.arange(len(order)) % ranks
     owner = torch.where(lap % 2 == 0, place, ranks - 1 - place)
-    return [order[owner == rank] for rank in range(ranks)]
+    return [order[owner == rank].flatten() for rank in range(ranks)]
 
 
-def micro_batch_count(rows: int, ranks: int, micro_batch_size: int) -> int:
+def micro_batch_count(batch: Rows, ranks: int, micro_batch_size: int) -> int:
     """Micro-batches every rank runs; all ranks run the same number because ZeRO's collectives pair them up."""
-    per_rank = -(-rows // ranks)
-    return max(1, -(-per_rank // micro_batch_size))
+    units = len(batch) // batch.rows_per_unit
+    return micro_batches_of(units, ranks, _units(batch, micro_batch_size))
+
+
+def micro_batches_of(units: int, ranks: int, units_at_a_time: int) -> int:
+    per_rank = -(-units // ranks)
+    return max(1, -(-per_rank // units_at_a_time))
 
 
 def micro_batches(batch: R, micro_batch_size: int, count: int) -> Iterator[tuple[Tensor, R]]:
-    """`count` pairs (row indices [B], rows), longest rows first; ones past the end are idle rows without any weight."""
-    assert len(batch) <= count * micro_batch_size, f"{len(batch)} rows, room for {count} x {micro_batch_size}"
-    order = torch.argsort(batch.lengths, descending=True, stable=True)
+    """`count` pairs (row indices [B], rows), longest first; ones past the end are an idle unit without any weight."""
+    size = _units(batch, micro_batch_size)
+    order = _longest_units_first(batch)
+    assert len(order) <= count * size, f"{len(order)} units, room for {count} x {size}"
     for number in range(count):
-        index = order[number * micro_batch_size : (number + 1) * micro_batch_size]
-        yield index, batch.rows(index) if len(index) else idle_row(batch)
+        index = order[number * size : (number + 1) * size].flatten()
+        yield index, batch.rows(index) if len(index) else idle_unit(batch)
 
 
-def idle_row(batch: R) -> R:
-    """One row of two tokens with an empty loss mask and zeros everywhere: keeps a rank in step without any gradient."""
-    values = {}
+def idle_unit(batch: R) -> R:
+    """One unit of two-token rows with an empty loss mask and zeros: keeps a rank in step without any gradient."""
+    values, rows = {}, batch.rows_per_unit
     for item in fields(batch):
         value: Tensor = getattr(batch, item.name)
-        shape = (1, 2) if value.ndim == 2 else (1,)
+        shape = (rows, 2 if value.shape[1] else 0) if value.ndim == 2 else (rows,)
         values[item.name] = torch.zeros(shape, dtype=value.dtype)
-    return replace(batch, **{**values, "lengths": torch.full((1,), 2)})
+    return replace(batch, **{**values, "lengths": torch.full((rows,), 2)})
+
+
+def _units(batch: Rows, rows: int) -> int:
+    """How many units `rows` rows have room for; at least one."""
+    return max(1, rows // batch.rows_per_unit)
+
+
+def _longest_units_first(batch: Rows) -> Tensor:
+    """Row indices [units, rows_per_unit]."""
+    index = torch.arange(len(batch)).view(-1, batch.rows_per_unit)
+    longest = batch.lengths[index].amax(-1) if len(batch) else batch.lengths.new_zeros(0)
+    return index[torch.argsort(longest, descending=True, stable=True)]

@@ -82,10 +82,7 @@ class DeepSpeedEngine:
 
     def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """[B, T] right-padded tokens, `lengths` [B] -> logits [B, T, V]."""
-        token_ids, lengths = token_ids.to(self.device), lengths.to(self.device)
-        position = torch.arange(token_ids.shape[1], device=self.device)
-        attention_mask = (position[None] < lengths[:, None]).long()
-        return self.engine(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).logits
+        return _logits(self.engine, token_ids.to(self.device), lengths.to(self.device))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this micro-batch; `last` is True for the last one before `step`.
@@ -132,6 +129,51 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+class FrozenModel:
+    """Weights that never change, for log-probs only; under ZeRO-3 each rank holds its share of them."""
+
+    def __init__(self, model_path: Path, model: ModelConfig, training: TrainingConfig, device: torch.device) -> None:
+        policy = load_policy(
+            model_path, model.dtype, attention=model.attention, trust_remote_code=model.trust_remote_code
+        )
+        self._device = device
+        self._model = policy.eval().requires_grad_(False)
+        if training.zero_stage == 3:
+            import deepspeed
+
+            self._model, *_ = deepspeed.initialize(model=policy, config=_frozen_settings(model.dtype, training))
+        else:
+            self._model.to(device)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """[B, T] right-padded tokens, `lengths` [B] -> logits [B, T, V]. Collective under ZeRO-3."""
+        return _logits(self._model, token_ids.to(self._device), lengths.to(self._device))
+
+    def close(self) -> None:
+        if hasattr(self._model, "destroy"):
+            self._model.destroy()
+
+
+def _logits(model: Any, token_ids: Tensor, lengths: Tensor) -> Tensor:
+    position = torch.arange(token_ids.shape[1], device=token_ids.device)
+    attention_mask = (position[None] < lengths[:, None]).long()
+    return model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def _frozen_settings(dtype: str, training: TrainingConfig) -> dict[str, Any]:
+    """ZeRO-3 without an optimiser: parameters are partitioned, and gathered layer by layer in the forward pass."""
+    zero: dict[str, Any] = {"stage": 3}
+    if training.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
 
 
 def zero_settings(dtype: str, training: TrainingConfig, optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms import Algorithm
-from rlhf.batches import RolloutBatch, Rows, SupervisedBatch, TrainBatch
+from rlhf.batches import Batch, Rows
 from rlhf.config import OptimizerConfig
 from rlhf.errors import NonFiniteError
 from rlhf.losses.logprobs import token_entropy, token_logprobs
@@ -21,12 +21,16 @@ from rlhf.training.schedule import learning_rate
 R = TypeVar("R", bound=Rows)
 
 
-class TrainingEngine(Protocol):
+class Model(Protocol):
+    """A causal language model: tokens [B, T] padded on the right, `lengths` [B] -> logits [B, T, V]."""
+
+    def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor: ...
+
+
+class TrainingEngine(Model, Protocol):
     """What the learner needs of DeepSpeed; see `DeepSpeedEngine`."""
 
     device: torch.device
-
-    def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor: ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
@@ -63,22 +67,23 @@ class Learner:
         self._optimizer = optimizer
         self._total_steps = total_steps
         self._micro_batch_size = micro_batch_size
-        self._temperature = temperature
+        # Stored completions are judged as they are; fresh ones under the distribution they were sampled from.
+        self._temperature = temperature if algorithm.needs.rollouts else 1.0
         self._step = 0
 
     @torch.no_grad()
-    def logprobs(self, batch: RolloutBatch, micro_batches_run: int) -> Tensor:
-        """Log-probs float32 [N, T] of this rank's rows under the current weights, zero off the loss mask."""
+    def logprobs(self, batch: Rows, micro_batches_run: int, model: Model | None = None) -> Tensor:
+        """Log-probs float32 [N, T] of this rank's rows, zero off the loss mask: of the policy, or of `model`."""
         out = torch.zeros(batch.token_ids.shape)
         for index, rows in micro_batches(batch, self._micro_batch_size, micro_batches_run):
-            logits = self.engine.logits(rows.token_ids, rows.lengths)
+            logits = (model or self.engine).logits(rows.token_ids, rows.lengths)
             token_ids, mask = rows.token_ids.to(logits.device), rows.loss_mask.to(logits.device)
             values = token_logprobs(logits, token_ids, mask, temperature=self._temperature)
             if len(index):
                 out[index, : values.shape[1]] = values.cpu()
         return out
 
-    def update(self, batch: TrainBatch | SupervisedBatch, micro_batches_run: int) -> RankReport:
+    def update(self, batch: Batch, micro_batches_run: int) -> RankReport:
         """One optimiser step over this rank's rows of a global batch whose `token_weights` are already global."""
         metrics, total = TokenMetrics(), 0.0
         parts = micro_batches(batch, self._micro_batch_size, micro_batches_run)
@@ -102,17 +107,21 @@ class Learner:
                 "saved policy. Lower the learning rate, lengthen the warm-up, or look at the dumped batch."
             )
 
-    def _loss(self, rows: TrainBatch | SupervisedBatch, metrics: TokenMetrics) -> Tensor:
+    def _loss(self, rows: Batch, metrics: TokenMetrics) -> Tensor:
         rows = _to(rows, self.engine.device)
-        temperature = self._temperature if self.algorithm.needs.rollouts else 1.0
         logits = self.engine.logits(rows.token_ids, rows.lengths)
         tokens = (rows.token_ids, rows.loss_mask)
-        logprobs = token_logprobs(logits, *tokens, temperature=temperature)
+        logprobs = token_logprobs(logits, *tokens, temperature=self._temperature)
         token_loss = self.algorithm.token_loss(logprobs, rows)
-        metrics.add("policy/entropy_nats", token_entropy(logits, *tokens, temperature=temperature), rows.loss_mask)
+        metrics.add(
+            "policy/entropy_nats", token_entropy(logits, *tokens, temperature=self._temperature), rows.loss_mask
+        )
         metrics.add("policy/nll_nats", -logprobs, rows.loss_mask)
         for name, values in token_loss.metrics.items():
             metrics.add(name, values, rows.loss_mask)
+        has_tokens = rows.loss_mask.any(-1)
+        for name, (values, where) in token_loss.row_metrics.items():
+            metrics.add(name, values, where & has_tokens)
         # What an algorithm computes off the mask means nothing and may be inf or NaN: select, never multiply by zero.
         masked = torch.where(rows.loss_mask, token_loss.loss, torch.zeros_like(token_loss.loss))
         return (masked * rows.token_weights).sum()

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.algorithms import Algorithm
-from rlhf.batches import RolloutBatch, SupervisedBatch, TrainBatch
-from rlhf.config import OptimizerConfig, RunConfig
+from rlhf.algorithms import build
+from rlhf.batches import Batch, Rows
+from rlhf.config import AlgorithmConfig, OptimizerConfig, RunConfig
 from rlhf.losses.logprobs import token_logprobs
 from rlhf.models import load_tokenizer
-from rlhf.training.deepspeed_engine import DeepSpeedEngine, join_process_group
+from rlhf.training.deepspeed_engine import DeepSpeedEngine, FrozenModel, join_process_group
 from rlhf.training.learner import Learner, RankReport
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.source import ZeroWeightSource
@@ -28,6 +28,7 @@ class LearnerRank:
         self._config = config
         self._model_path: Path | None = None
         self._engine: DeepSpeedEngine | None = None
+        self._reference: FrozenModel | None = None
         self._learner: Learner | None = None
         self._client: EngineClient | None = None
         self._transport: Transport | None = None
@@ -44,9 +45,14 @@ class LearnerRank:
             config.training.collective_deadline_s,
         )
 
-    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: Algorithm) -> None:
-        """Start a stage: the weights at `model_path`, a fresh optimiser and the stage's algorithm."""
+    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, chosen: AlgorithmConfig) -> None:
+        """Start a stage: the weights at `model_path`, a fresh optimiser and the stage's algorithm.
+
+        Algorithms over rollouts that need a reference keep a frozen copy of these weights; those over stored
+        completions ask for `logprobs` before their first update instead.
+        """
         config = self._config
+        algorithm = build(chosen.name, chosen.hyperparameters, chosen.modules)
         self.close()
         self._model_path = model_path
         self._engine = DeepSpeedEngine(model_path, config.model, config.training, optimizer, config.cluster.device)
@@ -58,6 +64,8 @@ class LearnerRank:
             config.training.micro_batch_size,
             config.rollouts.temperature,
         )
+        if algorithm.needs.rollouts and algorithm.needs.reference_logprobs:
+            self._reference = FrozenModel(model_path, config.model, config.training, self._engine.device)
         if self._source is not None:
             self._source.rebind(self._engine)
 
@@ -66,11 +74,15 @@ class LearnerRank:
         self._source = ZeroWeightSource(self._loaded, with_digests=self._number == 0)
         self._transport = open_transport(client, self._source, self._number, self._config)
 
-    def logprobs(self, batch: RolloutBatch, micro_batches_run: int) -> Tensor:
+    def logprobs(self, batch: Rows, micro_batches_run: int) -> Tensor:
         assert self._learner is not None
         return self._learner.logprobs(batch, micro_batches_run)
 
-    def update(self, batch: TrainBatch | SupervisedBatch, micro_batches_run: int) -> RankReport:
+    def reference_logprobs(self, batch: Rows, micro_batches_run: int) -> Tensor:
+        assert self._learner is not None and self._reference is not None
+        return self._learner.logprobs(batch, micro_batches_run, self._reference)
+
+    def update(self, batch: Batch, micro_batches_run: int) -> RankReport:
         assert self._learner is not None
         return self._learner.update(batch, micro_batches_run)
 
@@ -108,7 +120,10 @@ class LearnerRank:
             load_tokenizer(self._model_path, trust_remote_code=trusted).save_pretrained(directory)
 
     def close(self) -> None:
-        """Free the model and its optimiser."""
+        """Free the model, its optimiser and the reference."""
+        if self._reference is not None:
+            self._reference.close()
+            self._reference = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None

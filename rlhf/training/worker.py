@@ -10,10 +10,9 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from rlhf.algorithms import Algorithm
-from rlhf.batches import RolloutBatch, SupervisedBatch, TrainBatch, UpdateReport
+from rlhf.batches import Batch, Rows, UpdateReport
 from rlhf.cluster import Cluster, gather, redirect_output, roles
-from rlhf.config import OptimizerConfig, RunConfig
+from rlhf.config import AlgorithmConfig, OptimizerConfig, RunConfig
 from rlhf.metrics import merged
 from rlhf.training.batching import deal, micro_batch_count
 from rlhf.training.deepspeed_engine import environment
@@ -72,18 +71,24 @@ class RayLearnerGroup:
         calls = [w.connect.remote(engines, width, sync.deadline_s) for w in self._workers]
         gather(calls, "weight sync: connect", sync.deadline_s)
 
-    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: Algorithm) -> None:
+    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: AlgorithmConfig) -> None:
         self._all("load", model_path, optimizer, total_steps, algorithm, deadline=self._config.cluster.start_deadline_s)
 
-    def proximal_logprobs(self, batch: RolloutBatch) -> Tensor:
+    def logprobs(self, batch: Rows) -> Tensor:
+        return self._gathered("logprobs", batch)
+
+    def reference_logprobs(self, batch: Rows) -> Tensor:
+        return self._gathered("reference_logprobs", batch)
+
+    def _gathered(self, method: str, batch: Rows) -> Tensor:
         shares, count = self._deal(batch)
-        parts = self._each("logprobs", [(batch.rows(share), count) for share in shares])
+        parts = self._each(method, [(batch.rows(share), count) for share in shares])
         whole = torch.zeros(batch.token_ids.shape)
         for share, part in zip(shares, parts, strict=True):
             whole[share, : part.shape[1]] = part
         return whole
 
-    def update(self, batch: TrainBatch | SupervisedBatch) -> UpdateReport:
+    def update(self, batch: Batch) -> UpdateReport:
         shares, count = self._deal(batch)
         reports = self._each("update", [(batch.rows(share), count) for share in shares])
         return UpdateReport(
@@ -103,9 +108,9 @@ class RayLearnerGroup:
     def evidence(self, version: int, probe: Any) -> Evidence:
         return self._all("evidence", version, probe)[0]
 
-    def _deal(self, batch: RolloutBatch | SupervisedBatch) -> tuple[list[Tensor], int]:
-        count = micro_batch_count(len(batch), self._ranks, self._config.training.micro_batch_size)
-        return deal(batch.lengths, self._ranks), count
+    def _deal(self, batch: Rows) -> tuple[list[Tensor], int]:
+        count = micro_batch_count(batch, self._ranks, self._config.training.micro_batch_size)
+        return deal(batch, self._ranks), count
 
     def _all(self, method: str, *arguments: Any, deadline: float | None = None) -> list[Any]:
         return self._each(method, [arguments] * self._ranks, deadline)

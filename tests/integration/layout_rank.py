@@ -5,6 +5,7 @@ import os
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 RANK, RANKS, PORT, MODEL = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
@@ -12,10 +13,23 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(RANKS), "OMP_NUM_THREA
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from rlhf.algorithms import build  # noqa: E402
-from rlhf.batches import annotated, rollout_batch, supervised_batch, train_batch  # noqa: E402
-from rlhf.config import RunConfig  # noqa: E402
+from rlhf.algorithms import Algorithm, build  # noqa: E402
+from rlhf.algorithms.offline import OfflineAlgorithm  # noqa: E402
+from rlhf.algorithms.online import OnlineAlgorithm  # noqa: E402
+from rlhf.batches import (  # noqa: E402
+    Batch,
+    Rows,
+    annotated,
+    rollout_batch,
+    supervised_batch,
+    train_batch,
+    with_reference,
+)
+from rlhf.config import AlgorithmConfig, RunConfig  # noqa: E402
 from rlhf.samples import (  # noqa: E402
+    PreferenceGroup,
+    PreferencePair,
+    PreferenceUnit,
     Prompt,
     RenderedPrompt,
     RewardValue,
@@ -29,6 +43,20 @@ from rlhf.training.batching import deal, micro_batch_count  # noqa: E402
 from rlhf.training.rank import LearnerRank  # noqa: E402
 
 STEPS = 3
+K3 = {"coefficient": 0.1, "estimator": "k3", "placement": "loss"}
+TO_GO = {"coefficient": 0.1, "estimator": "k1", "placement": "reward_to_go"}
+EVERY_LAYOUT = list(product((1, 2, 3), (1, 2, 8)))
+TWO_LAYOUTS = [(1, 8), (3, 2)]
+CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
+    "sft": ({}, EVERY_LAYOUT),
+    "grpo_icepop": ({}, EVERY_LAYOUT),
+    "grpo": ({"kl": K3}, TWO_LAYOUTS),
+    "gspo": ({"clip_low": 0.2, "clip_high": 0.2}, TWO_LAYOUTS),
+    "agapo": ({"kl": TO_GO}, TWO_LAYOUTS),
+    "dpo": ({}, TWO_LAYOUTS),
+    "grouper": ({}, TWO_LAYOUTS),
+}
+"""Algorithm -> its hyper-parameters and the (ZeRO stage, micro-batch size) it is trained with."""
 
 
 def config(zero_stage: int, micro_batch_size: int) -> RunConfig:
@@ -68,23 +96,53 @@ def groups(random: np.random.Generator) -> list[ScoredGroup]:
     return found
 
 
-def train(rank: LearnerRank, algorithm_name: str, micro_batch_size: int) -> list[tuple[float, float]]:
-    algorithm, random, out = build(algorithm_name, {}), np.random.default_rng(0), []
+def example(random: np.random.Generator) -> TokenizedExample:
+    return TokenizedExample(*tokens(random))
+
+
+def units(random: np.random.Generator, data: str) -> list[PreferenceUnit]:
+    if data == "pairs":
+        return [PreferencePair(str(n), example(random), example(random)) for n in range(5)]
+    sizes = random.integers(2, 5, 3)
+    return [PreferenceGroup(str(n), tuple(example(random) for _ in range(n)), tuple(random.random(n))) for n in sizes]
+
+
+def share_of(rows: Rows, micro_batch_size: int) -> tuple[torch.Tensor, int]:
+    """The rows of this rank, and how many micro-batches all ranks run."""
+    return deal(rows, RANKS)[RANK], micro_batch_count(rows, RANKS, micro_batch_size)
+
+
+def of_all_ranks(rows: Rows, share: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    whole = torch.zeros(rows.token_ids.shape)
+    whole[share, : mine.shape[1]] = mine
+    if RANKS > 1:
+        torch.distributed.all_reduce(whole)
+    return whole
+
+
+def batch_of(rank: LearnerRank, algorithm: Algorithm, random: np.random.Generator, micro_batch_size: int) -> Batch:
+    if isinstance(algorithm, OfflineAlgorithm):
+        pairs = algorithm.batch(units(random, algorithm.needs.data))
+        share, count = share_of(pairs, micro_batch_size)
+        return with_reference(pairs, of_all_ranks(pairs, share, rank.logprobs(pairs.rows(share), count) - 0.1))
+    if not isinstance(algorithm, OnlineAlgorithm):
+        return supervised_batch([example(random) for _ in range(13)], algorithm.token_weights)
+    raw = rollout_batch(groups(random), 0, 1.0)
+    share, count = share_of(raw, micro_batch_size)
+    proximal = of_all_ranks(raw, share, rank.logprobs(raw.rows(share), count))
+    reference = None
+    if algorithm.needs.reference_logprobs:
+        reference = of_all_ranks(raw, share, rank.reference_logprobs(raw.rows(share), count))
+    full = annotated(raw, proximal, reference)
+    return train_batch(full, algorithm.advantages(full), algorithm.token_weights(full.loss_mask))
+
+
+def train(rank: LearnerRank, chosen: AlgorithmConfig, micro_batch_size: int) -> list[tuple[float, float]]:
+    algorithm, random, out = build(chosen.name, chosen.hyperparameters), np.random.default_rng(0), []
     for _ in range(STEPS):
-        if algorithm_name == "sft":
-            batch = supervised_batch([TokenizedExample(*tokens(random)) for _ in range(13)], algorithm.token_weights)
-        else:
-            raw = rollout_batch(groups(random), 0)
-            shares, count = deal(raw.lengths, RANKS), micro_batch_count(len(raw), RANKS, micro_batch_size)
-            mine = rank.logprobs(raw.rows(shares[RANK]), count)
-            whole = torch.zeros(raw.token_ids.shape)
-            whole[shares[RANK], : mine.shape[1]] = mine
-            if RANKS > 1:
-                torch.distributed.all_reduce(whole)
-            full = annotated(raw, whole)
-            batch = train_batch(full, algorithm.advantages(full), algorithm.token_weights(full.loss_mask))
-        shares, count = deal(batch.lengths, RANKS), micro_batch_count(len(batch), RANKS, micro_batch_size)
-        report = rank.update(batch.rows(shares[RANK]), count)
+        batch = batch_of(rank, algorithm, random, micro_batch_size)
+        share, count = share_of(batch, micro_batch_size)
+        report = rank.update(batch.rows(share), count)
         out.append((report.loss, report.grad_norm))
     return out
 
@@ -92,14 +150,16 @@ def train(rank: LearnerRank, algorithm_name: str, micro_batch_size: int) -> list
 def main() -> None:
     torch.set_num_threads(1)
     joined = False
-    for zero_stage, micro_batch_size, name in product((1, 2, 3), (1, 2, 8), ("sft", "grpo_icepop")):
+    runs = [(layout, name) for name, (_, layouts) in CASES.items() for layout in layouts]
+    for (zero_stage, micro_batch_size), name in runs:
         settings = config(zero_stage, micro_batch_size)
         rank = LearnerRank(RANK, settings)
         if not joined:
             rank.join("127.0.0.1", PORT)
             joined = True
-        rank.load(MODEL, settings.stages["sft"].optimizer, STEPS, build(name, {}))
-        figures = train(rank, name, micro_batch_size)
+        chosen = AlgorithmConfig(name=name, **CASES[name][0])
+        rank.load(MODEL, settings.stages["sft"].optimizer, STEPS, chosen)
+        figures = train(rank, chosen, micro_batch_size)
         rank.close()
         if RANK == 0:
             print("RESULT", json.dumps([zero_stage, RANKS, micro_batch_size, name, figures]), flush=True)

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.algorithms import build
 from rlhf.batches import supervised_batch
-from rlhf.config import RunConfig
+from rlhf.config import AlgorithmConfig, RunConfig
 from rlhf.errors import AttestationError
 from rlhf.models import prepare_model
 from rlhf.samples import TokenizedExample
@@ -80,7 +80,7 @@ class Stack:
         if not torch.distributed.is_initialized():
             self.learner.join("127.0.0.1", free_port())
         self.algorithm = build("sft", {})
-        self.learner.load(model, self.config.stages["sft"].optimizer, 100, self.algorithm)
+        self.learner.load(model, self.config.stages["sft"].optimizer, 100, AlgorithmConfig(name="sft"))
         self.learner.connect(self.client)
         self.version = 0
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rewards import registry
-from rewards.registry import Abstain, InvalidRewardError, RewardInput, Score, load_modules, lookup, names, reward
+from rewards.registry import Abstain, InvalidRewardError, RewardInput, Score, lookup, names, reward
 from rlhf.errors import ConfigError
+from rlhf.plugins import load_modules
 
 SAMPLE = RewardInput.of("12", "12")
 
@@ -23,7 +24,7 @@ def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     loaded = set(sys.modules)
     yield
     for name in set(sys.modules) - loaded:
-        if name.startswith("rewards_file_"):
+        if name.startswith("plugin_"):
             del sys.modules[name]
 
 
@@ -92,7 +93,7 @@ def test_a_value_outside_the_declared_range_is_an_error(returned: float, bounds:
 
 
 def test_an_unknown_name_lists_all_and_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"reward = 'mth': must be one of .*math.*Did you mean 'math'\?"):
+    with pytest.raises(ConfigError, match=r"reward = 'mth': must be one of .*math.*Did you mean math\?"):
         lookup("mth")
 
 
@@ -115,8 +116,8 @@ def test_an_empty_range_is_refused() -> None:
 def test_a_file_registers_its_rewards_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("from rewards import reward\n@reward\ndef from_a_file(sample):\n    return 1.0\n")
-    load_modules([str(path)])
-    load_modules([str(path)])
+    load_modules("rewards.modules", [str(path)])
+    load_modules("rewards.modules", [str(path)])
     assert lookup("from_a_file").location == f"{path}:2"
 
 
@@ -129,15 +130,15 @@ def test_a_module_that_cannot_be_imported_is_a_config_error_with_its_traceback(
     path = tmp_path / "broken.py"
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"rewards\.modules") as refused:
-        load_modules([str(path)])
+        load_modules("rewards.modules", [str(path)])
     assert reason in str(refused.value)
     with pytest.raises(ConfigError, match=r"rewards\.modules"):
-        load_modules([str(path)])
+        load_modules("rewards.modules", [str(path)])
 
 
 def test_a_missing_dotted_module_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no_such_package_xyz"):
-        load_modules(["no_such_package_xyz.rewards"])
+        load_modules("rewards.modules", ["no_such_package_xyz.rewards"])
 
 
 @pytest.mark.parametrize(

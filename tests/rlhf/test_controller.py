@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algorithms import build
+from rlhf.algorithms.agapo import Agapo
+from rlhf.algorithms.grpo_icepop import GrpoIcePop
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.batches import RolloutBatch, TrainBatch, UpdateReport
 from rlhf.controller import Controller, StepRecord, sample_advantages, step_metrics
 from rlhf.errors import NonFiniteError
@@ -51,9 +53,13 @@ class World:
             self.arrived.add(group)
         return groups
 
-    def proximal_logprobs(self, batch: RolloutBatch) -> Tensor:
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
         self.calls.append("proximal")
         return batch.rollout_logprobs - 0.1 * batch.loss_mask
+
+    def reference_logprobs(self, batch: RolloutBatch) -> Tensor:
+        self.calls.append("reference")
+        return batch.rollout_logprobs - 0.2 * batch.loss_mask
 
     def update(self, batch: TrainBatch) -> UpdateReport:
         self.calls.append("update")
@@ -75,14 +81,20 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     made.shutdown()
 
 
-def controller(world: World, updates_per_step: int = 1, dumped: list[TrainBatch] | None = None) -> Controller:
+def controller(
+    world: World,
+    updates_per_step: int = 1,
+    dumped: list[TrainBatch] | None = None,
+    algorithm: OnlineAlgorithm | None = None,
+) -> Controller:
     return Controller(
         rollouts=world,
         learners=world,  # type: ignore[arg-type]
         publisher=world,
-        algorithm=build("grpo_icepop", {}),
+        algorithm=algorithm or GrpoIcePop(),
         ledger=world.ledger,
         version=3,
+        correct_at=1.0,
         updates_per_step=updates_per_step,
         observe=lambda record: world.calls.append(("observe", record.step)),
         dump=(dumped if dumped is not None else []).append,
@@ -106,6 +118,14 @@ def test_every_group_of_a_step_is_closed_as_trained_in_that_step(ledger: Ledger,
     assert (counts["dispatched"], counts["trained"], counts["in_flight"]) == (8, 8, 0)
     closing = [event for event in ledger.history("v4-g2") if event.event == "trained"]
     assert [event.detail for event in closing] == [1]
+
+
+def test_the_reference_is_asked_only_where_the_algorithm_needs_it(ledger: Ledger, make_scored: MakeScored) -> None:
+    world = World(ledger, make_scored)
+    controller(world, algorithm=Agapo()).run(1)
+    assert world.calls[:4] == [("take", 3), "proximal", "reference", "update"]
+    batch = world.updates[0]
+    torch.testing.assert_close(batch.reference_logprobs, batch.rollout_logprobs - 0.2 * batch.loss_mask)
 
 
 def test_every_part_of_the_loop_is_a_timed_phase(ledger: Ledger, make_scored: MakeScored) -> None:

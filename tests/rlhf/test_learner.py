@@ -75,6 +75,7 @@ def rollouts(batch: SupervisedBatch) -> RolloutBatch:
         batch.loss_mask,
         torch.zeros(batch.token_ids.shape),
         torch.zeros(rows),
+        torch.zeros(rows, dtype=torch.bool),
         torch.zeros(rows, dtype=torch.int64),
         torch.zeros(rows, dtype=torch.int64),
     )
@@ -136,6 +137,16 @@ def test_log_probs_come_back_in_the_order_of_the_batch(size: int, count: int) ->
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
     assert found[~batch.loss_mask].abs().sum() == 0
     assert not found.requires_grad
+
+
+def test_log_probs_of_another_model_are_taken_on_request_and_leave_the_policy_alone() -> None:
+    policy, other, batch = TinyEngine(), TinyEngine(), rollouts(supervised())
+    with torch.no_grad():
+        other.module.weight.mul_(2.0)
+    found = learner(policy, "grpo", 2, temperature=0.5).logprobs(batch, 3, other)
+    expected = token_logprobs(other.module(batch.token_ids), batch.token_ids, batch.loss_mask, temperature=0.5)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
+    assert policy.shapes == []
 
 
 def test_only_algorithms_with_rollouts_train_at_the_sampling_temperature() -> None:

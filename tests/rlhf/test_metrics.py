@@ -50,3 +50,10 @@ def test_values_with_a_gradient_are_detached() -> None:
     metrics = TokenMetrics()
     metrics.add("policy/nll_nats", torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, dtype=torch.bool))
     assert metrics.result() == {"policy/nll_nats": 1.0}
+
+
+def test_a_metric_of_rows_is_averaged_over_the_rows_that_have_one() -> None:
+    metrics = TokenMetrics()
+    metrics.add("preference/accuracy", torch.tensor([1.0, math.nan, 0.0]), torch.tensor([True, False, True]))
+    metrics.add("preference/accuracy", torch.tensor([1.0]), torch.tensor([True]))
+    assert metrics.result() == {"preference/accuracy": pytest.approx(2 / 3)}

@@ -15,7 +15,7 @@ from rlhf.samples import ScoredGroup
 def batch_with_gaps(make_scored: Callable[..., ScoredGroup], gaps: list[list[float]], versions: list[int]):
     """Completions of two tokens; `gaps` are rollout minus proximal log-probs."""
     groups = [make_scored((1.0,), completion_tokens=[2], version=version) for version in versions]
-    batch = rollout_batch(groups, version=3)
+    batch = rollout_batch(groups, version=3, correct_at=1.0)
     proximal = batch.rollout_logprobs.clone()
     proximal[:, 2:] -= torch.tensor(gaps)
     proximal[:, :2] = 99.0  # the prompt means nothing

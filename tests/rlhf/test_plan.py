@@ -13,7 +13,7 @@ from rlhf.config import RunConfig
 from rlhf.plan import plan
 
 OPTIMIZER = {"learning_rate": 1e-4, "warmup_steps": 2}
-STAGES = {
+STAGES: dict[str, dict[str, Any]] = {
     "sft": {"kind": "sft", "steps": 10, "batch_size": 48, "optimizer": OPTIMIZER},
     "rl": {"kind": "rl", "steps": 5, "prompts_per_step": 16, "updates_per_step": 2, "optimizer": OPTIMIZER},
 }
@@ -53,6 +53,58 @@ def test_the_plan_spells_out_the_batch_arithmetic() -> None:
     assert rows_of(config, "stage sft")["an update"] == "48 rows = 2 ranks x 3 micro-batches x up to 10"
     assert rows_of(config, "stage sft")["algorithm"] == "sft"
     assert rows_of(config, "stage rl")["algorithm"] == "grpo_icepop"
+
+
+def test_the_plan_tells_what_a_filter_asks_and_drops() -> None:
+    stages = {"filter": {"kind": "filter", "prompts": 500}, "band": {"kind": "filter", "drop_at_most": 0}, **STAGES}
+    stages["band"] |= {"samples_per_prompt": 16, "drop_at_least": 12}
+    config = run_config(stages=stages)
+    assert rows_of(config, "stage filter") == {"prompts": "up to 500 x 8", "dropped": "8 or more correct"}
+    assert rows_of(config, "stage band") == {
+        "prompts": "up to 1024 x 16",
+        "dropped": "12 or more, or 0 or fewer correct",
+    }
+
+
+def test_the_plan_tells_what_a_collect_stage_makes() -> None:
+    pairs = {"kind": "collect", "chosen": "shortest_correct", "rejected": "incorrect"}
+    groups = {"kind": "collect", "produce": "groups", "prompts": 64, "reuse": "earlier", "reuse_fraction": 0.25}
+    config = run_config(stages={"pairs": pairs, "groups": groups})
+    assert rows_of(config, "stage pairs") == {"prompts": "up to 256 x 8", "pairs": "shortest_correct over incorrect"}
+    assert rows_of(config, "stage groups") == {
+        "prompts": "up to 64 x 8",
+        "groups": "of 4",
+        "reused": "25% from earlier",
+    }
+
+
+def preference(data: object, algorithm: str) -> dict[str, Any]:
+    return {"kind": "preference", "data": data, "algorithm": {"name": algorithm}, "optimizer": OPTIMIZER, "epochs": 1.5}
+
+
+def test_the_plan_counts_both_rows_of_a_pair() -> None:
+    stages = {"collect": {"kind": "collect"}, "dpo": preference("collect", "dpo")}
+    rows = rows_of(run_config(stages=stages, training={"ranks": 2, "micro_batch_size": 11}), "stage dpo")
+    assert (rows["algorithm"], rows["steps"]) == ("dpo", "1.5 epoch(s)")
+    assert rows["a step"] == "32 pairs of collect"
+    assert rows["an update"] == "64 rows = 2 ranks x 4 micro-batches x up to 10"  # a pair is never split
+
+
+def test_the_plan_counts_the_rows_of_groups_where_it_can_know_them() -> None:
+    collect = {"kind": "collect", "produce": "groups", "group_size": 3}
+    file = {"kind": "jsonl", "path": "groups.jsonl"}
+    stages = {"collect": collect, "known": preference("collect", "grouper"), "unknown": preference(file, "grouper")}
+    config = run_config(stages=stages, training={"ranks": 2, "micro_batch_size": 20})
+    assert rows_of(config, "stage known")["an update"] == "96 rows = 2 ranks x 3 micro-batches x up to 20"
+    assert rows_of(config, "stage unknown")["a step"] == "32 groups of groups.jsonl"
+    assert "an update" not in rows_of(config, "stage unknown")
+
+
+def test_the_plan_names_the_algorithm_of_the_stage_not_of_the_run() -> None:
+    stages = {"rl": {**STAGES["rl"], "algorithm": {"name": "agapo"}}, "other": STAGES["rl"]}
+    config = run_config(stages=stages)
+    assert rows_of(config, "stage rl")["algorithm"] == "agapo"
+    assert rows_of(config, "stage other")["algorithm"] == "grpo_icepop"
 
 
 @pytest.mark.parametrize(

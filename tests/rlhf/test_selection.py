@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from rlhf.samples import Abstained, RewardFailed, RewardOutcome, RewardValue, ScoredGroup
-from rlhf.selection import Arrivals, Rejected, select
+from rlhf.selection import Arrivals, GroupFilter, Rejected, select
 
 ABSTAINED = Abstained("judge", "not applicable")
 FAILED = RewardFailed("math", "boom", "Traceback ...", 2)
@@ -31,27 +31,49 @@ FAILED = RewardFailed("math", "boom", "Traceback ...", 2)
 def test_which_groups_train_and_why_others_do_not(
     make_scored: Callable[..., ScoredGroup], outcomes: Sequence[float | RewardOutcome], verdict: Rejected | None
 ) -> None:
-    assert select(make_scored(outcomes), filter_zero_variance=True) == verdict
+    assert select(make_scored(outcomes), "zero_variance") == verdict
 
 
 def test_equal_rewards_train_where_the_algorithm_does_not_filter_them(make_scored: Callable[..., ScoredGroup]) -> None:
-    assert select(make_scored((1.0, 1.0)), filter_zero_variance=False) is None
+    assert select(make_scored((1.0, 1.0)), "none") is None
+
+
+@pytest.mark.parametrize(
+    ("tasks", "dropped_by"),
+    [
+        ((1.0, 0.7), {"not_mixed": "all_correct", "all_correct": "all_correct"}),
+        ((0.2, 0.0), {"not_mixed": "all_wrong"}),
+        ((1.0, 0.0), {}),
+    ],
+)
+@pytest.mark.parametrize("group_filter", ["none", "all_correct", "not_mixed", "zero_variance"])
+def test_what_is_correct_is_said_by_the_task_value_and_its_threshold(
+    make_scored: Callable[..., ScoredGroup],
+    tasks: Sequence[float],
+    dropped_by: dict[str, str],
+    group_filter: GroupFilter,
+) -> None:
+    scored = make_scored([RewardValue(float(i), task, {}) for i, task in enumerate(tasks)])
+    found = select(scored, group_filter, correct_at=0.5)
+    rule = dropped_by.get(group_filter)
+    assert found == (None if rule is None else Rejected("filtered", rule))
 
 
 def test_equal_rewards_of_right_and_wrong_samples_are_not_called_all_wrong(
     make_scored: Callable[..., ScoredGroup],
 ) -> None:
     right, wrong = RewardValue(0.5, 1.0, {}), RewardValue(0.5, 0.0, {})
-    assert select(make_scored((right, wrong)), filter_zero_variance=True) == Rejected("filtered", "mixed_equal")
+    assert select(make_scored((right, wrong)), "zero_variance") == Rejected("filtered", "mixed_equal")
+    assert select(make_scored((right, wrong)), "not_mixed") is None
 
 
 def test_a_group_with_an_empty_completion_is_filtered(make_scored: Callable[..., ScoredGroup]) -> None:
-    found = select(make_scored((1.0, 0.0), completion_tokens=[3, 0]), filter_zero_variance=True)
+    found = select(make_scored((1.0, 0.0), completion_tokens=[3, 0]), "none")
     assert found == Rejected("filtered", "empty_completion")
 
 
 def test_an_algorithm_without_a_baseline_may_train_on_one_sample(make_scored: Callable[..., ScoredGroup]) -> None:
-    assert select(make_scored((1.0,)), filter_zero_variance=False, minimum=1) is None
+    assert select(make_scored((1.0,)), "none", minimum=1) is None
 
 
 def test_arrivals_count_every_sample_whether_or_not_its_group_trains(make_scored: Callable[..., ScoredGroup]) -> None:

@@ -27,6 +27,15 @@ VALID: dict[str, Any] = {
     "rewards": {"components": {"math": {}}},
 }
 MISSING = object()
+COLLECT = {"kind": "collect"}
+
+
+def preference(data: object, algorithm: str | None = None) -> dict[str, Any]:
+    chosen = {} if algorithm is None else {"algorithm": {"name": algorithm}}
+    return {"kind": "preference", "data": data, "optimizer": {"learning_rate": 1e-5}, **chosen}
+
+
+FROM_A_FILE = preference({"kind": "jsonl", "path": "x"}, "dpo")
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +169,10 @@ def test_an_unknown_key_gets_the_nearest_valid_one(changes: dict[str, Any], star
             "model.kind = exaone: must be one of exaone4_tiny, hf, smollm2_135m. It decides which other keys "
             "there are. Did you mean exaone4_tiny?",
         ),
-        ({"stages.rl.kind": MISSING}, "stages.rl.kind = (missing): must be one of rl, sft."),
+        (
+            {"stages.rl.kind": MISSING},
+            "stages.rl.kind = (missing): must be one of collect, filter, preference, rl, sft.",
+        ),
         ({"experiment": "a b"}, "experiment = 'a b': must be text that matches ^[A-Za-z0-9]"),
         ({"stages": {}}, "stages = {}: must be a mapping that is not empty. There are too few entries."),
         ({"training": None}, "training = null: must be a mapping. This is empty."),
@@ -178,7 +190,8 @@ def test_an_unknown_key_gets_the_nearest_valid_one(changes: dict[str, Any], star
         ({"algorithm.reduction": "mean"}, "algorithm.reduction = 'mean': must be one of sequence_sum, sequence_mean,"),
         (
             {"algorithm.name": "grpo_icepopp"},
-            "algorithm.name = grpo_icepopp: must be a registered algorithm. Did you mean grpo_icepop?",
+            "algorithm.name = grpo_icepopp: must be a registered algorithm. None has this name. Did you mean "
+            "grpo_icepop?",
         ),
         ({"algorithm.name": MISSING}, "algorithm.name = (missing): must be text."),
     ],
@@ -196,6 +209,170 @@ def test_discriminator_tags_are_not_part_of_a_key() -> None:
 def test_a_config_that_is_no_mapping_is_told_so() -> None:
     with pytest.raises(ConfigError, match="config = 5: must be a mapping"):
         validate(5)  # type: ignore[arg-type]
+
+
+# --- algorithms -------------------------------------------------------------------------------------------------------
+
+
+ALGORITHM_PROBLEMS: list[tuple[dict[str, Any], str]] = [
+    ({"name": "grpo", "clip_low": 5}, ".clip_low = 5: must be a number > 0 and < 1. The value is out of range."),
+    (
+        {"name": "grpo", "clip_lo": 0.1},
+        ".clip_lo = 0.1: is not a key of KEY. A typo must not pass for a setting. Did you mean KEY.clip_low?",
+    ),
+    (
+        {"name": "grpo", "group_filter": "all_corect"},
+        ".group_filter = 'all_corect': must be one of none, zero_variance, all_correct, not_mixed. There is no "
+        "'all_corect'. Did you mean all_correct?",
+    ),
+    (
+        {"name": "grpoo"},
+        ".name = grpoo: must be a registered algorithm. None has this name. Did you mean grpo? KEY.mod",
+    ),
+    ({"name": "grpo", "modules": ["no_such_module_x"]}, ".modules = 'no_such_module_x': must be importable. Module"),
+    (
+        {"name": "grpo", "correction": {"kind": "icepopp"}},
+        ".correction.kind = icepopp: must be one of geometric_mask, icepop, none, off_policy_sequence_mask, "
+        "sequence_mask, tis_sequence, tis_token. It decides which other keys there are. Did you mean icepop?",
+    ),
+    (
+        {"name": "grpo", "correction": {"kind": "icepop", "hi": 3}},
+        ".correction.hi = 3: is not a key of KEY.correction. A typo must not pass for a setting. Did you mean "
+        "KEY.correction.high?",
+    ),
+    (
+        {"name": "grpo", "correction": {"kind": "icepop", "high": 0.5}},
+        ".correction.high = 0.5: must be a number >= 1. The value is out of range. The nearest valid value is 1.0.",
+    ),
+    (
+        {"name": "grpo", "correction": "icepop"},
+        ".correction = 'icepop': must be a mapping with kind: geometric_mask or ",
+    ),
+    ({"name": "grpo", "kl": {"estimater": "k3"}}, ".kl.estimater = 'k3': is not a key of KEY.kl."),
+    ({"name": "grpo", "kl": 0.1}, ".kl = 0.1: must be a mapping. This is a number with a fraction."),
+    (
+        {"name": "grpo", "kl": {"coefficient": float("inf")}},
+        ".kl.coefficient = inf: must be a number >= 0. It is not finite. Give such a value",
+    ),
+    (
+        {"name": "grpo", "kl": {"estimator": "k1", "placement": "loss", "coefficient": 0.1}},
+        ".kl.estimator = 'k1': must not be k1 with placement loss. Its gradient there is zero in expectation. Use ",
+    ),
+    (
+        {"name": "grpo", "kl": {"placement": "reward"}},
+        ".kl.estimator = 'k3': must be k1 with placement reward. Only the plain log-ratio,",
+    ),
+    (
+        {"name": "gspo", "correction": {"kind": "icepop"}},
+        ".correction.kind = 'icepop': must not be icepop with Gspo. It weighs tokens one by one, while this algorithm "
+        "has one ratio for a whole sequence. Use tis_sequence, sequence_mask or geometric_mask.",
+    ),
+    (
+        {"name": "gspo", "kl": {"estimator": "k1", "placement": "reward_to_go", "coefficient": 0.1}},
+        ".kl.placement = 'reward_to_go': must not be reward_to_go with Gspo.",
+    ),
+    (
+        {"name": "agapo_offpolicy", "correction": {"kind": "tis_token"}},
+        ".correction = {'kind': 'tis_token'}: must be none with AgapoOffPolicy. Its loss already weighs by the ratio",
+    ),
+    (
+        {"name": "grpo", "reduction": "fixed_length"},
+        ".fixed_length = null: must be set with reduction = fixed_length, and only with it. It is the constant",
+    ),
+    ({"name": "grpo", "fixed_length": 5}, ".fixed_length = 5: must be set with reduction = fixed_length, and only"),
+]
+
+
+@pytest.mark.parametrize("key", ["algorithm", "stages.rl.algorithm"])
+@pytest.mark.parametrize(("chosen", "wanted"), ALGORITHM_PROBLEMS)
+def test_a_problem_of_an_algorithm_has_the_key_where_the_config_chose_it(
+    key: str, chosen: dict[str, Any], wanted: str
+) -> None:
+    (found,) = problems_of({key: chosen})
+    assert re.match(r"\S.* = .+: .+\. .+[.?]", found), found
+    assert found.startswith(f"{key}{wanted}".replace("KEY", key))
+    assert "Value error" not in found
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "wanted"),
+    [
+        ({"loss": "ipo", "label_smoothing": 0.1}, ".label_smoothing = 0.1: must be 0 with loss ipo. It mixes"),
+        ({"reduction": "sequence_mean"}, ".reduction = 'sequence_mean': must be sequence_sum. There is no"),
+        ({"beta": 0}, ".beta = 0: must be a number > 0."),
+        ({"betta": 1}, ".betta = 1: is not a key of stages.preference.algorithm."),
+    ],
+)
+def test_a_problem_of_an_offline_algorithm_has_the_key_of_its_stage(
+    hyperparameters: dict[str, Any], wanted: str
+) -> None:
+    stage = {**FROM_A_FILE, "algorithm": {"name": "dpo", **hyperparameters}}
+    assert only_problem({"stages.preference": stage}).startswith(f"stages.preference.algorithm{wanted}")
+
+
+def test_an_algorithm_that_many_stages_share_is_told_once() -> None:
+    found = problems_of({"algorithm.clip_low": 5, "stages.more": VALID["stages"]["rl"]})
+    assert [text.partition(" = ")[0] for text in found] == ["algorithm.clip_low"]
+
+
+def test_the_algorithms_of_all_stages_are_checked_at_once() -> None:
+    found = problems_of(
+        {
+            "algorithm.name": "grpoo",
+            "stages.rl.algorithm": {"name": "grpo", "clip_low": 5, "kl": {"placement": "reward"}},
+            "stages.preference": {**FROM_A_FILE, "algorithm": {"name": "dpo", "beta": -1}},
+        }
+    )
+    assert sorted(text.partition(" = ")[0] for text in found) == [
+        "algorithm.name",
+        "stages.preference.algorithm.beta",
+        "stages.rl.algorithm.clip_low",
+        "stages.rl.algorithm.kl.estimator",
+    ]
+
+
+# --- the data of a stage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (5, " = 5: must be text or a mapping. This is an integer. Give such a value."),
+        ({"kind": "jsonll", "path": "x"}, ".kind = 'jsonll': must be one of jsonl, parquet, huggingface."),
+        ({"kind": "jsonl"}, ".path = (missing): must be text. It has no default. Add stages.preference.data.path."),
+        ({"kind": "jsonl", "path": "x", "limt": 1}, ".limt = 1: is not a key of stages.preference.data. A typo"),
+        ({"kind": "jsonl", "path": "x", "limit": 0}, ".limit = 0: must be an integer >= 1 or null."),
+    ],
+)
+def test_wrong_preference_data_is_told_once_and_without_the_names_of_types(data: object, wanted: str) -> None:
+    assert only_problem({"stages.preference": preference(data, "dpo")}).startswith(f"stages.preference.data{wanted}")
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"kind": "jsonl", "path": 5}, ".path = 5: must be text."),
+        (
+            {"kind": "jsonl", "path": "x", "columns": {"anwser": "a"}},
+            ".columns.anwser = 'a': is not a key of stages.rl.",
+        ),
+        ({"kind": "json", "path": "x"}, ".kind = json: must be one of huggingface, jsonl, parquet, procedural."),
+        ({"path": "x"}, ".kind = (missing): must be one of huggingface, jsonl, parquet, procedural."),
+    ],
+)
+def test_wrong_data_of_a_stage_is_told_by_its_key(data: object, wanted: str) -> None:
+    assert only_problem({"stages.rl.data": data}).startswith(f"stages.rl.data{wanted}")
+
+
+def test_steps_of_a_preference_stage_are_epochs() -> None:
+    found = only_problem({"stages.preference": {**FROM_A_FILE, "steps": 5}})
+    assert found.endswith("Did you mean stages.preference.epochs?")
+
+
+def test_a_config_that_was_written_down_is_valid_again() -> None:
+    stages = {"stages.sft.reasoning_token_ratio": 1.5, "stages.collect": COLLECT, "stages.preference": FROM_A_FILE}
+    config = validate(changed(stages))
+    assert validate(config.model_dump(mode="json")) == config
 
 
 # --- all at once ------------------------------------------------------------------------------------------------------
@@ -279,9 +456,126 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
         "stages.rl.prompts_per_step = 64: must be divisible by updates_per_step = 7",
     ),
     (
-        "rl_trains_on_rollouts",
+        "every_stage_has_an_algorithm_for_its_data",
         {"algorithm.name": "sft"},
-        "algorithm.name = sft: must be an algorithm that trains on rollouts",
+        "algorithm.name = sft: must be an algorithm that trains on rollouts, because stage rl is of kind rl. This one "
+        "trains on demonstrations.",
+    ),
+    (
+        "every_stage_has_an_algorithm_for_its_data",
+        {"stages.rl.algorithm": {"name": "dpo"}},
+        "stages.rl.algorithm.name = dpo: must be an algorithm that trains on rollouts",
+    ),
+    (
+        "every_stage_has_an_algorithm_for_its_data",
+        {"stages.preference": preference({"kind": "jsonl", "path": "x"})},
+        "algorithm.name = grpo_icepop: must be an algorithm over stored completions, because stage preference is of "
+        "kind preference. This one trains on rollouts. Choose dpo, simper or grouper",
+    ),
+    (
+        "preference_stages_follow_what_they_train_on",
+        {"stages.preference": preference("colect", "dpo"), "stages.collect": COLLECT},
+        "stages.preference.data = colect: must be the name of an earlier stage of kind collect, or a file as {kind, "
+        "path}. Its pairs or groups must exist when this stage begins. Earlier ones: none.",
+    ),
+    (
+        "preference_stages_follow_what_they_train_on",
+        {"stages.collect": COLLECT, "stages.preference": preference("colect", "dpo")},
+        "stages.preference.data = colect: must be the name of an earlier stage of kind collect, or a file as {kind, "
+        "path}. Its pairs or groups must exist when this stage begins. Did you mean collect?",
+    ),
+    (
+        "preference_stages_follow_what_they_train_on",
+        {"stages.preference": preference("rl", "dpo")},
+        "stages.preference.data = rl: must be the name of an earlier stage of kind collect",
+    ),
+    (
+        "preference_stages_follow_what_they_train_on",
+        {"stages.collect": COLLECT, "stages.preference": preference("collect", "grouper")},
+        "stages.collect.produce = pairs: must be groups, because stage preference trains grouper on them.",
+    ),
+    (
+        "preference_stages_follow_what_they_train_on",
+        {"stages.collect": {**COLLECT, "produce": "groups"}, "stages.preference": preference("collect", "simper")},
+        "stages.collect.produce = groups: must be pairs, because stage preference trains simper on them.",
+    ),
+    (
+        "collected_data_is_reused_from_its_like",
+        {"stages.collect": {**COLLECT, "reuse_fraction": 0.5}},
+        "stages.collect.reuse_fraction = 0.5: needs reuse. Nothing says which stage's records to mix in.",
+    ),
+    (
+        "collected_data_is_reused_from_its_like",
+        {"stages.collect": COLLECT, "stages.more": {**COLLECT, "reuse": "collect"}},
+        "stages.more.reuse = collect: needs reuse_fraction above 0. None of its records would be mixed in.",
+    ),
+    (
+        "collected_data_is_reused_from_its_like",
+        {"stages.collect": {**COLLECT, "reuse": "collect", "reuse_fraction": 0.5}},
+        "stages.collect.reuse = collect: must be an earlier stage of kind collect. Its records must exist by then. "
+        "Earlier ones: none.",
+    ),
+    (
+        "collected_data_is_reused_from_its_like",
+        {
+            "stages.collect": COLLECT,
+            "stages.more": {**COLLECT, "reuse": "collect", "reuse_fraction": 0.5, "produce": "groups"},
+        },
+        "stages.more.reuse = collect: must be a stage with produce = groups. Pairs and groups do not mix.",
+    ),
+    (
+        "collected_data_is_reused_from_its_like",
+        {"stages.collect": COLLECT, "stages.more": {**COLLECT, "reuse": "collect", "reuse_fraction": 1.0}},
+        "stages.more.reuse_fraction = 1.0: must be below 1. Some records must come from this stage.",
+    ),
+    (
+        "collected_groups_fit_their_samples",
+        {"stages.collect": {**COLLECT, "produce": "groups", "samples_per_prompt": 3}},
+        "stages.collect.group_size = 4: must be at most samples_per_prompt = 3.",
+    ),
+    (
+        "collected_parts_are_rewards",
+        {"stages.collect": {**COLLECT, "weights": {"mathh/format": 0.5}}},
+        "stages.collect.weights.mathh/format = 0.5: must be a reward component, or component/part. No component of "
+        "this name is in rewards.components. Did you mean math?",
+    ),
+    (
+        "filters_leave_something",
+        {"stages.filter": {"kind": "filter", "samples_per_prompt": 8, "drop_at_least": 9}},
+        "stages.filter.drop_at_least = 9: must be at most samples_per_prompt = 8. No prompt has so many.",
+    ),
+    (
+        "filters_leave_something",
+        {"stages.filter": {"kind": "filter", "samples_per_prompt": 8, "drop_at_most": 7}},
+        "stages.filter.drop_at_most = 7: must be below drop_at_least - 1 = 7. Every prompt would be dropped",
+    ),
+    (
+        "filters_leave_something",
+        {"stages.filter": {"kind": "filter", "drop_at_least": 3, "drop_at_most": 2}},
+        "stages.filter.drop_at_most = 2: must be below drop_at_least - 1 = 2.",
+    ),
+    (
+        "token_ratio_replaces_the_fraction",
+        {"stages.sft.reasoning_token_ratio": 1.5, "stages.sft.reasoning_fraction": 0.5},
+        "stages.sft.reasoning_fraction = 0.5: must not be set together with reasoning_token_ratio.",
+    ),
+    (
+        "algorithms_without_a_ratio_stay_on_policy",
+        {"algorithm.name": "agapo", "stages.rl.updates_per_step": 2},
+        "stages.rl.updates_per_step = 2: must be 1 with agapo. agapo has no ratio to the policy that sampled, so later "
+        "updates would be biased. Set it to 1.",
+    ),
+    (
+        "algorithms_without_a_ratio_stay_on_policy",
+        {"stages.rl.algorithm": {"name": "agapo"}, "rollouts.max_staleness": 1},
+        "rollouts.max_staleness = 1: must be 0 with agapo and no correction. agapo has no ratio to the policy that "
+        "sampled, so later updates would be biased. Set it to 0, or stages.rl.algorithm.correction.kind to "
+        "tis_sequence.",
+    ),
+    (
+        "corrected_ratios_need_the_full_vocabulary",
+        {"algorithm.name": "agapo_offpolicy", "rollouts.top_p": 0.9},
+        "rollouts.top_p = 0.9: must be 1.0 with agapo_offpolicy",
     ),
     (
         "corrected_ratios_need_the_full_vocabulary",
@@ -334,9 +628,22 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
         "rollouts.tensor_parallel_size = 3: must divide model.heads = 4",
     ),
     (
-        "every_sft_rank_has_a_row",
+        "every_offline_rank_has_a_row",
         {"training.ranks": 4, "stages.sft.batch_size": 3},
         "training.ranks = 4: must be at most the rows of one optimiser step, stages.sft.batch_size = 3",
+    ),
+    (
+        "every_offline_rank_has_a_row",
+        {"training.ranks": 4, "stages.p": {**preference({"kind": "jsonl", "path": "x"}, "dpo"), "batch_size": 2}},
+        "training.ranks = 4: must be at most the rows of one optimiser step, stages.p.batch_size = 2",
+    ),
+    (
+        "learning_rate_ends_below_its_start",
+        {
+            "stages.p": preference({"kind": "jsonl", "path": "x"}, "dpo"),
+            "stages.p.optimizer": {"learning_rate": 0.1, "min_learning_rate": 1.0},
+        },
+        "stages.p.optimizer.min_learning_rate = 1.0: must be at most learning_rate = 0.1",
     ),
     (
         "every_rl_rank_has_a_row",
@@ -358,7 +665,12 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
     (
         "rl_has_a_routed_reward",
         {"rewards.components.math.applies": "always"},
-        "rewards.components = {math}: an rl stage needs at least one component with applies: routed",
+        "rewards.components = {math}: stages that score samples need at least one component with applies: routed",
+    ),
+    (
+        "rl_has_a_routed_reward",
+        {"stages": {"collect": {"kind": "collect"}}, "rewards.components.math.applies": "always"},
+        "rewards.components = {math}: stages that score samples need at least one component with applies: routed",
     ),
     (
         "reward_weights_train_something",
@@ -476,6 +788,19 @@ def test_a_broken_rule_is_told_by_its_key_value_reason_and_fix(rule: str, change
         {**COLOCATED, "weight_sync.transport": "cuda_ipc"},
         {**WITH_GPUS, "weight_sync.transport": "ray"},
         {"evaluation.pass_at": [8]},
+        {"stages.collect": COLLECT, "stages.preference": preference("collect", "dpo")},
+        {"stages.collect": {**COLLECT, "produce": "groups"}, "stages.preference": preference("collect", "grouper")},
+        {"stages.preference": FROM_A_FILE, "algorithm.name": "grpo"},
+        {"stages.collect": COLLECT, "stages.more": {**COLLECT, "reuse": "collect", "reuse_fraction": 0.5}},
+        {"stages.collect": {**COLLECT, "group_size": 4, "samples_per_prompt": 3}},  # pairs have no group_size
+        {"stages.collect": {**COLLECT, "weights": {"math": 1.0, "math/format": 0.5}}},
+        {"stages.filter": {"kind": "filter", "drop_at_most": 6}},
+        {"stages.sft.reasoning_token_ratio": 1.5},
+        {"algorithm.name": "agapo", "algorithm.correction": {"kind": "tis_sequence"}, "rollouts.max_staleness": 1},
+        {"algorithm.name": "agapo_offpolicy", "rollouts.max_staleness": 1, "stages.rl.updates_per_step": 2},
+        {"algorithm.name": "gspo", "rollouts.top_p": 0.9},  # without a correction nothing compares with the engine
+        {**SFT_ONLY, "algorithm.name": "dpo"},
+        {"algorithm.name": "dpo", "stages.rl.algorithm": {"name": "grpo"}, "stages.preference": FROM_A_FILE},
     ],
 )
 def test_what_a_rule_allows_passes(changes: dict[str, Any]) -> None:

@@ -215,7 +215,7 @@ def scoring(world: World, make_scored: MakeScored, failures: Callable[[int], int
 
 
 def variance(scored: ScoredGroup) -> Rejected | None:
-    return select(scored, filter_zero_variance=True)
+    return select(scored, "zero_variance")
 
 
 def test_above_the_error_budget_the_run_stops_with_the_authors_traceback_and_the_sample(

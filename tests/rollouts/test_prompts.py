@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.config import Columns, JsonlSource, ProceduralSource
 from rlhf.errors import ConfigError, DataError
-from rollouts.prompts import PromptStream, evaluation_prompts, open_source
+from rollouts.prompts import PromptStream, SelectedPrompts, evaluation_prompts, open_source
 from rollouts.tasks import get_family
 
 
@@ -114,7 +114,7 @@ def test_unknown_and_repeated_families_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         open_source(procedural(families=("adition", "gdc", "modulo", "modulo")))
     assert len(caught.value.problems) == 3
-    assert 'Did you mean "addition"?' in caught.value.problems[0]
+    assert "Did you mean addition?" in caught.value.problems[0]
 
 
 def test_every_epoch_of_a_shuffled_file_has_every_record_in_a_new_order(records):
@@ -187,3 +187,49 @@ def test_hasty_demonstrations_are_wrong_only_where_something_is_carried_and_neve
             assert quick == right
         differing += quick.content != right.content
     assert 50 < differing < 150
+
+
+def test_selected_prompts_are_those_of_the_indices_in_their_order(records):
+    source = open_source(records(7))
+    selected = SelectedPrompts(source, [5, 0, 3])
+    assert selected.size == 3
+    assert [selected.prompt(i).answer for i in range(3)] == ["5", "0", "3"]
+    assert [prompt.answer for prompt in selected.distinct()] == ["5", "0", "3"]
+    assert selected.demonstration(2) == source.demonstration(3)
+
+
+def test_a_stream_over_selected_prompts_gives_each_once_an_epoch_and_resumes(records):
+    selected = SelectedPrompts(open_source(records(7)), [1, 2, 4, 6])
+    stream = PromptStream(selected, seed=3)
+    ids = take(stream, 6)
+    assert sorted(ids[:4]) == [f"tasks:{number}" for number in (2, 3, 5, 7)]
+    again = PromptStream(selected, seed=3)
+    again.load_state_dict(stream.state_dict())
+    assert take(again, 9) == take(stream, 9)
+
+
+def test_selected_prompts_of_an_endless_source_are_finite_shuffled_and_distinct():
+    source = open_source(procedural(families=("addition",), difficulty=1))
+    selected = SelectedPrompts(source, range(500))
+    assert selected.size == 500
+    assert selected.shuffled
+    ids = [prompt.prompt_id for prompt in selected.distinct()]
+    assert len(ids) == len(set(ids)) < 500
+
+
+def test_selected_prompts_keep_the_order_of_a_source_that_keeps_it(records):
+    selected = SelectedPrompts(open_source(records(5, shuffle=False)), [4, 1])
+    assert not selected.shuffled
+    assert take(PromptStream(selected, seed=0), 4) == ["tasks:5", "tasks:2", "tasks:5", "tasks:2"]
+
+
+def test_the_fingerprint_of_selected_prompts_depends_on_the_source_and_the_indices(records):
+    source, other = open_source(records(5, seed=0)), open_source(records(5, seed=1))
+    selections = [SelectedPrompts(s, i) for s in (source, other) for i in ([0, 1], [1, 0], [0, 2])]
+    assert len({selected.fingerprint for selected in selections}) == 6
+    assert SelectedPrompts(source, [0, 1]).fingerprint == selections[0].fingerprint
+
+
+def test_a_selection_of_nothing_is_refused(records):
+    with pytest.raises(DataError, match=r"prompts = 0: a selection must keep at least one prompt\. .*drop_at_least"):
+        SelectedPrompts(open_source(records(5)), [])

@@ -125,7 +125,7 @@ def test_a_think_block_without_an_answer_is_refused(jsonl):
         ("", "must be one JSON object. The line is blank"),
         ("[1, 2]", "must be one JSON object. Found [1, 2] (list)"),
         ('{"answer": "1", "answer": "2"}', 'field "answer" must occur once'),
-        ({"questoin": "1+1=?", "answer": "2"}, 'The record has no such field. Did you mean "questoin"?'),
+        ({"questoin": "1+1=?", "answer": "2"}, 'The record has no such field. Did you mean questoin?'),
         ({"question": " ", "answer": "2"}, 'field "question" must be text that is not empty. Found \' \' (str)'),
         ({"question": 7, "answer": "2"}, 'field "question" must be text that is not empty. Found 7 (int)'),
         ({"question": "1+1=?"}, 'field "answer" must be there'),
@@ -172,7 +172,7 @@ def test_a_record_that_names_no_reward_is_refused(jsonl):
     columns = Columns(prompt="question", answer="answer", reward="reward")
     report = problem_of(jsonl({**GOOD, "rewards": "math"}, columns=columns, reward=None))
     assert 'field "reward" must name the reward' in report
-    assert 'Did you mean "rewards"?' in report
+    assert "Did you mean rewards?" in report
     assert "(int)" in problem_of(jsonl({**GOOD, "reward": 3}, columns=columns))
 
 
@@ -200,7 +200,7 @@ def test_a_missing_file_is_refused_with_the_nearest_name(jsonl, tmp_path):
     jsonl(GOOD)
     source = JsonlSource(kind="jsonl", path=str(tmp_path / "task.jsonl"), reward="math")
     assert "must be an existing file" in problem_of(source)
-    assert 'Did you mean "tasks.jsonl"?' in problem_of(source)
+    assert "Did you mean tasks.jsonl?" in problem_of(source)
     nowhere = JsonlSource(kind="jsonl", path=str(tmp_path / "nowhere" / "task.jsonl"), reward="math")
     assert "There is no directory" in problem_of(nowhere)
 
@@ -255,6 +255,6 @@ def test_data_sets_load_from_disk_and_through_load_dataset(tmp_path, monkeypatch
         assert [record.prompt.answer for record in load_records(source)] == ["2", "3"]
     wrong = source.model_copy(update={"path": str(tmp_path / "splits"), "split": "trian"})
     assert "split = trian: " in problem_of(wrong)
-    assert 'Did you mean "train"?' in problem_of(wrong)
+    assert "Did you mean train?" in problem_of(wrong)
     missing = source.model_copy(update={"path": str(tmp_path / "raw"), "split": "test"})
     assert "must be a data set that can be loaded" in problem_of(missing)

@@ -81,6 +81,13 @@ def test_the_completion_of_a_demonstration_reads_as_a_whole_think_block(renderer
     assert renderer.completion_text(direct.token_ids[direct.loss_mask], False) == "85"
 
 
+def test_a_completion_after_a_rendered_prompt_is_what_a_demonstration_gives(renderer):
+    for mode in (True, False):
+        completed = renderer.completion(renderer.prompt(PROMPT, mode), WORKED.reasoning, WORKED.content)
+        assert np.array_equal(completed.token_ids, renderer.demonstration(WORKED, mode).token_ids)
+        assert np.array_equal(completed.loss_mask, renderer.demonstration(WORKED, mode).loss_mask)
+
+
 def test_an_unfinished_completion_keeps_all_its_tokens(renderer, tokenizer):
     ids = tokenizer("1+1", add_special_tokens=False)["input_ids"]
     assert renderer.completion_text(ids, True) == "<think>\n1+1"
@@ -100,7 +107,7 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer):
 
 def test_a_demonstration_over_the_context_is_named_with_its_length(tokenizer):
     renderer = Renderer(tokenizer, max_prompt_tokens=20, max_context_tokens=30)
-    with pytest.raises(DataError, match=r"demonstration p:1: must have at most 30 .* It has 36"):
+    with pytest.raises(DataError, match=r"prompt p:1 with its completion: must have at most 30 .* It has 36"):
         renderer.demonstration(WORKED, True)
 
 

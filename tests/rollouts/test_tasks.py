@@ -129,7 +129,7 @@ def test_distinct_gives_no_problem_twice():
 
 
 def test_an_unknown_family_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r'families = adition: .* Did you mean "addition"'):
+    with pytest.raises(ConfigError, match=r"families = adition: .* Did you mean addition"):
         get_family("adition")
 
 

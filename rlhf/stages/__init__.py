@@ -1,0 +1,1 @@
+"""What happens in each kind of stage: one module, one function `run(context, name, stage)` each."""

@@ -1,0 +1,125 @@
+"""What every stage works with, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.algorithms import Algorithm, build
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.config import CollectStage, FilterStage, OptimizerConfig, PreferenceStage, RunConfig, TrainingStage
+from rlhf.console import RunConsole
+from rlhf.ledger import Ledger
+from rlhf.phases import GpuTurns, Phases
+from rlhf.preferences import Selected
+from rlhf.protocols import Evaluator, LearnerGroup, Publisher, RolloutSource
+from rlhf.samples import PreferenceUnit, ScoredGroup, TokenizedExample
+from rlhf.tracking import Tracker
+
+
+class StageData:
+    """The data of a run by the name of the stage that asks. Implemented in `launch.py`, the only place that knows all.
+
+    An ordinary class with methods to override rather than a Protocol of callables: a test replaces what it needs.
+    """
+
+    def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> RolloutSource:
+        """Opens the source of scored groups of an RL stage."""
+        raise NotImplementedError
+
+    def examples(self, name: str) -> Iterator[TokenizedExample]:
+        """The endless stream of demonstrations of an SFT stage."""
+        raise NotImplementedError
+
+    def sampled(
+        self, name: str, stage: FilterStage | CollectStage, progress: Callable[[int], None]
+    ) -> Iterator[ScoredGroup]:
+        """Scored completions of the stage's prompts under the current policy, in the order of the prompts."""
+        raise NotImplementedError
+
+    def prompt_count(self, name: str, stage: FilterStage | CollectStage) -> int:
+        """How many prompts `sampled` will ask."""
+        raise NotImplementedError
+
+    def fingerprint(self, name: str) -> str:
+        """Changes with anything that changes the prompts of the stage."""
+        raise NotImplementedError
+
+    def keep(self, name: str, indices: Sequence[int]) -> None:
+        """From now on stages over the same data as stage `name` take only the prompts at `indices`."""
+        raise NotImplementedError
+
+    def write_preferences(self, path: Path, records: Sequence[Selected]) -> None:
+        raise NotImplementedError
+
+    def preferences(self, name: str, stage: PreferenceStage, collected: Path | None) -> Sequence[PreferenceUnit]:
+        """The pairs or groups of a preference stage: from `collected`, or from the file its config names."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything a pipeline drives.
+
+    `connect()` opens the weight transport once a model is loaded. `modes` are the reasoning modes to evaluate, the one
+    that RL trains first.
+    """
+
+    learners: LearnerGroup
+    publisher: Publisher
+    evaluator: Evaluator
+    data: StageData
+    connect: Callable[[], None]
+    modes: tuple[bool, ...]
+    turns: GpuTurns | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a stage did, for summary.json. `figures` are those of its kind, e.g. {"rl": {...}}."""
+
+    steps: int
+    trained_tokens: int
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Context:
+    """One run as its stages see it. `policy` is where the current weights are, `version` their number.
+
+    Of each collect stage so far `collected` has the Parquet file, `records` what it picked itself.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    policy: Path
+    parts: Parts
+    tracker: Tracker
+    console: RunConsole
+    version: int = 0
+    collected: dict[str, Path] = field(default_factory=dict)
+    records: dict[str, list[Selected]] = field(default_factory=dict)
+
+    def algorithm(self, stage: TrainingStage) -> Algorithm:
+        chosen = self.config.algorithm_of(stage)
+        return build(chosen.name, chosen.hyperparameters, chosen.modules)
+
+    def load(self, stage: TrainingStage, optimizer: OptimizerConfig, steps: int) -> None:
+        """The learners hold the current weights, a fresh optimiser and the algorithm of `stage`."""
+        self.parts.learners.load(self.policy, optimizer, steps, self.config.algorithm_of(stage))
+
+    def publish(self) -> None:
+        """The engines hold the learners' weights."""
+        with self.phases()("sync"):
+            self.parts.publisher.publish(self.version + 1)
+        self.version += 1
+
+    def phases(self) -> Phases:
+        return Phases(self.parts.turns)
+
+    def evaluate(self, prompts: int, reasoning_mode: bool) -> dict[str, Any]:
+        """Figures over held-out prompts."""
+        with self.phases()("evaluate"):
+            return self.parts.evaluator.evaluate(prompts, reasoning_mode=reasoning_mode).as_summary()

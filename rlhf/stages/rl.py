@@ -1,0 +1,111 @@
+"""Online reinforcement learning: the controller, watched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.config import RlStage
+from rlhf.controller import Controller, StepRecord, sample_advantages, step_metrics
+from rlhf.ledger import Ledger
+from rlhf.phases import Phases
+from rlhf.stages.context import Context, Outcome
+from rlhf.tracking import sample_rows
+
+
+def run(context: Context, name: str, stage: RlStage) -> Outcome:
+    """Trains `stage.steps` steps; every one ends with a published weight version."""
+    algorithm = context.algorithm(stage)
+    assert isinstance(algorithm, OnlineAlgorithm)
+    context.load(stage, stage.optimizer, stage.steps * stage.updates_per_step)
+    ledger, totals = Ledger(context.run_dir), RlTotals()
+    controller = Controller(
+        rollouts=context.parts.data.rollouts(name, ledger, algorithm),
+        learners=context.parts.learners,
+        publisher=context.parts.publisher,
+        algorithm=algorithm,
+        ledger=ledger,
+        version=context.version,
+        correct_at=context.config.rewards.correct_at,
+        updates_per_step=stage.updates_per_step,
+        observe=lambda record: None,
+        dump=lambda batch: torch.save(batch, context.run_dir / "non_finite_batch.pt"),
+        phase=context.phases(),
+    )
+    with context.console.stage(name, stage.steps) as progress:
+
+        def observe(record: StepRecord) -> None:
+            metrics = step_metrics(record, ledger, controller.phase)
+            totals.add(record, metrics)
+            context.tracker.log(metrics, stage=name, step=record.step)
+            progress.advance(record.step + 1, metrics, controller.phase.step)
+            _log_samples(context, name, record)
+            _evaluate_during(context, name, stage, record.step + 1)
+
+        controller.observe = observe
+        controller.run(stage.steps)
+    context.version = controller.version
+    figures = totals.summary(stage.steps, controller.rollouts.sampled_tokens, ledger, controller.phase)
+    ledger.shutdown()
+    return Outcome(stage.steps, totals.trained_tokens, {"rl": figures})
+
+
+def _log_samples(context: Context, name: str, record: StepRecord) -> None:
+    tracking = context.config.tracking
+    if not tracking.samples_every or record.step % tracking.samples_every:
+        return
+    advantages, rows = sample_advantages(record), []
+    for group in record.groups:
+        shown = [advantages.get(sample.sample_id, 0.0) for sample in group.group.samples]
+        rows += sample_rows(group, shown, "trained", context.config.rewards.correct_at)
+    context.tracker.log_samples(rows[: tracking.samples_per_table], stage=name, step=record.step)
+
+
+def _evaluate_during(context: Context, name: str, stage: RlStage, done: int) -> None:
+    if not stage.evaluate_every or done % stage.evaluate_every or done == stage.steps:
+        return
+    result = context.evaluate(context.config.evaluation.during_prompts, context.parts.modes[0])
+    context.tracker.log({f"evaluation/{key}": value for key, value in result.items()}, stage=name, step=done - 1)
+
+
+@dataclass(slots=True)
+class RlTotals:
+    """Sums over the steps of an RL stage, for the summary."""
+
+    trained_tokens: int = 0
+    kl_sum: float = 0.0
+    masked_sum: float = 0.0
+    sync_seconds: float = 0.0
+    sync_bytes: int = 0
+    steps: int = 0
+
+    def add(self, record: StepRecord, metrics: Mapping[str, float]) -> None:
+        tokens = int(record.batch.loss_mask.sum())
+        self.trained_tokens += sum(update.trained_tokens for update in record.updates)
+        self.kl_sum += metrics["mismatch/kl_nats"] * tokens
+        self.masked_sum += metrics.get("mismatch/masked_fraction", 0.0) * tokens
+        self.sync_seconds += record.sync.seconds
+        self.sync_bytes = record.sync.size_bytes
+        self.steps += 1
+
+    def summary(self, steps: int, rollout_tokens: int, ledger: Ledger, phases: Phases) -> dict[str, Any]:
+        seconds = sum(phases.total.values())
+        tokens = max(1, self.trained_tokens)
+        counts = ledger.counts()
+        return {
+            "steps": steps,
+            "groups_dispatched": counts["dispatched"],
+            "ledger": counts,
+            "phase_seconds": dict(phases.total),
+            "rollout_tokens": rollout_tokens,
+            "trained_tokens": self.trained_tokens,
+            "tokens_per_second": self.trained_tokens / max(seconds, 1e-9),
+            "mismatch_kl_nats": self.kl_sum / tokens,
+            "masked_fraction": self.masked_sum / tokens,
+            "sync_seconds_mean": self.sync_seconds / max(1, self.steps),
+            "sync_bytes": self.sync_bytes,
+        }
