@@ -35,7 +35,7 @@ from rlhf.algorithms.page import help_for
 from rlhf.cluster import Cluster, roles
 from rlhf.config import CollectStage, FilterStage, PreferenceFile, PreferenceStage, RlStage, RunConfig, SftStage
 from rlhf.console import RunConsole
-from rlhf.errors import ConfigError, GroupwiseError
+from rlhf.errors import ConfigError, DataError, GroupwiseError, did_you_mean
 from rlhf.gpu_turns import EngineTurns
 from rlhf.ledger import Ledger
 from rlhf.models import load_tokenizer, prepare_model
@@ -162,7 +162,7 @@ def start(
     renderer = Renderer(tokenizer, config.max_prompt_tokens, config.model.max_context_tokens)
     held_out = evaluation_prompts(sources.evaluation, config.evaluation.prompts)
     modes = reasoning_modes(config, renderer)
-    check_lengths(config, renderer, sources, held_out, modes)
+    check_prompts(config, renderer, sources, held_out, modes)
     console.note("starting Ray, learners, engines and reward workers ...")
     cluster = stack.enter_context(Cluster(config, run_dir))
     # Starting Ray replaced the handler with one that kills this process before it can clean up.
@@ -275,10 +275,15 @@ class RunData(StageData):
         return lambda number: available and random.Random(f"{seed}-{number}").random() < fraction
 
 
-def check_lengths(
+def check_prompts(
     config: RunConfig, renderer: Renderer, sources: Sources, held_out: Sequence[Prompt], modes: Sequence[bool]
 ) -> None:
-    """Raises DataError for the first record that does not fit the context, now and not hours into the run."""
+    """Raises DataError for the first record that cannot be used, now and not hours into the run.
+
+    It must fit the context, and where its completions are scored, name a reward that is configured.
+    """
+    for prompt in held_out:
+        check_reward(config, prompt)
     for mode in modes:
         for prompt in held_out:
             renderer.prompt(prompt, mode)
@@ -287,12 +292,26 @@ def check_lengths(
                 continue
             source = sources.of(name)
             for index in range(source.size or 0):
-                renderer.prompt(source.prompt(index), mode)
+                prompt = source.prompt(index)
+                renderer.prompt(prompt, mode)
+                if not isinstance(stage, SftStage):
+                    check_reward(config, prompt)
                 if isinstance(stage, SftStage):
                     renderer.demonstration(source.demonstration(index), mode)
     for stage in config.stages.values():
         if isinstance(stage, PreferenceStage) and isinstance(stage.data, PreferenceFile):
             load_preferences(stage.data, renderer, stage.reasoning_mode)
+
+
+def check_reward(config: RunConfig, prompt: Prompt) -> None:
+    """Raises DataError when nothing would verify the answer to `prompt`."""
+    components = config.rewards.components
+    if prompt.reward not in components:
+        hint = did_you_mean(prompt.reward, components)
+        raise DataError(
+            f"prompt {prompt.prompt_id}: reward = {prompt.reward}: must be one of rewards.components. It is not there. "
+            f"{hint} Add it to rewards.components or correct the record."
+        )
 
 
 def stage_seed(config: RunConfig, name: str) -> int:

@@ -10,8 +10,7 @@ from rlhf.batches import AnnotatedBatch
 def mismatch_metrics(batch: AnnotatedBatch) -> dict[str, float]:
     """Of rollout versus proximal log-probs over all completion tokens of all ranks, before any truncation.
 
-    `mismatch/kl_nats` is the mean of rollout minus proximal (the k1 estimate of KL(rollout || proximal)). Ratios are
-    proximal over rollout. Fresh samples (staleness 0) are also given alone: there only numerics can differ, so what
+    `mismatch/kl_nats` is the mean of rollout minus proximal (the k1 estimate of KL(rollout || proximal)). Fresh samples (staleness 0) are also given alone: there only numerics can differ, so what
     they lack to the whole is the change of the policy.
     """
     out = _of_tokens(batch.loss_mask, batch, "mismatch")
@@ -23,12 +22,8 @@ def mismatch_metrics(batch: AnnotatedBatch) -> dict[str, float]:
 
 def _of_tokens(mask: torch.Tensor, batch: AnnotatedBatch, prefix: str) -> dict[str, float]:
     gap = (batch.rollout_logprobs - batch.proximal_logprobs)[mask].double()
-    ratio = torch.exp(-gap)
     return {
         f"{prefix}/kl_nats": gap.mean().item(),
         f"{prefix}/abs_gap_nats": gap.abs().mean().item(),
         f"{prefix}/abs_gap_nats_max": gap.abs().max().item(),
-        f"{prefix}/ratio_mean": ratio.mean().item(),
-        f"{prefix}/ratio_min": ratio.min().item(),
-        f"{prefix}/ratio_max": ratio.max().item(),
     }

@@ -216,7 +216,6 @@ def test_an_empty_file_is_refused(jsonl):
     assert "train.jsonl" in message(*jsonl())
 
 
-@pytest.mark.integration  # told by the first reward worker that meets the record
 def test_a_record_that_names_an_unknown_reward_is_refused(jsonl):
     text = message(*jsonl(GOOD, {**GOOD, "reward": "mth"}))
     assert "mth" in text

@@ -100,9 +100,9 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "staleness/mean_steps": "learner version less the sample's; `staleness/max_steps` the largest",
         "mismatch/kl_nats": "KL(rollout || proximal), k1, over all trained tokens",
         "mismatch/abs_gap_nats": "mean absolute log-prob gap; `mismatch/abs_gap_nats_max` the largest",
-        "mismatch/ratio_mean": "proximal over rollout; also `mismatch/ratio_min` and `mismatch/ratio_max`",
         "mismatch/fresh/<name>": "the same over samples of the newest weights alone, where some are older",
-        "mismatch/ratio": "what the correction sees, before any truncation",
+        "mismatch/ratio": "proximal over rollout before any truncation; also `mismatch/ratio_min` and "
+        "`mismatch/ratio_max`",
         "mismatch/masked_fraction": "share of tokens that the correction silenced",
         "policy/ratio": "`pi_theta / pi_prox`, where the loss has that ratio",
         "policy/kl_nats": "k1 to the reference; only with `kl.coefficient` > 0",

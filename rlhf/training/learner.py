@@ -123,7 +123,9 @@ class Learner:
         for name, (values, where) in token_loss.row_metrics.items():
             metrics.add(name, values, where & has_tokens)
         # What an algorithm computes off the mask means nothing and may be inf or NaN: select, never multiply by zero.
-        masked = torch.where(rows.loss_mask, token_loss.loss, torch.zeros_like(token_loss.loss))
+        # A loss that is bounded at a log-prob of -inf would hide it; 0 * inf is NaN, which stops the run.
+        checked = token_loss.loss + 0.0 * logprobs.detach()
+        masked = torch.where(rows.loss_mask, checked, torch.zeros_like(checked))
         return (masked * rows.token_weights).sum()
 
 

@@ -32,9 +32,6 @@ from tests.rlhf.toy_world import (
 
 NAMES = algorithms.names()
 ONLINE = [name for name in NAMES if built(name).needs.rollouts]
-PROBABILITIES = {"grouper", "simper"}
-"""Their loss is a probability, and 0 is a good value for one: that of a token the policy holds to be impossible."""
-
 every_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -235,7 +232,7 @@ def test_broken_logits_on_the_mask_stop_the_run(name: str, value: float) -> None
     assert_stops(name, value, whole=True)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in PROBABILITIES])
+@every_name
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_broken_logit_of_the_token_that_came_stops_the_run(name: str, value: float) -> None:
     assert_stops(name, value, whole=False)
