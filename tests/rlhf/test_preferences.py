@@ -62,8 +62,8 @@ def test_the_best_and_the_worst_by_reward_make_a_pair(scored: MakeScored) -> Non
     assert picked(scored((0.2, 0.9, 0.1, 0.5))) == [1, 2]
 
 
-def test_ties_go_to_fewer_tokens_and_then_to_the_earlier_sample(scored: MakeScored) -> None:
-    assert picked(scored((1.0, 0.0, 1.0, 0.0, 1.0, 0.0), tokens=(4, 4, 2, 3, 2, 3))) == [2, 3]
+def test_among_equals_the_earlier_sample_is_taken_whatever_its_length(scored: MakeScored) -> None:
+    assert picked(scored((1.0, 0.0, 1.0, 0.0, 1.0, 0.0), tokens=(4, 4, 2, 3, 2, 3))) == [0, 1]
 
 
 def test_the_shortest_correct_completion_is_chosen_against_an_incorrect_one(scored: MakeScored) -> None:
