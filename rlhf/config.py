@@ -5,6 +5,7 @@ Defaults live here, on the fields; a yaml in `conf/` only states what differs. D
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -129,15 +130,58 @@ class DataConfig(Section):
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
+ROUTED = "routed"
+"""As a gate: the component that the record names."""
+
 
 class RewardComponent(Section):
-    """`applies: routed` runs where the record names this reward; `always` runs on every sample."""
+    """`applies: routed` runs where the record names this reward; `always` runs on every sample, or on those of `where`.
+
+    The reward is the sum of weight * value over the components that ran. With `gate` a component counts only where that
+    one ran, counts itself and has a value of at least rewards.correct_at; `routed` is the one that the record names.
+    """
 
     weight: float = 1.0
+    weight_schedule: tuple[tuple[int, float], ...] = ()  # (weight version, weight), linear between; replaces `weight`
     applies: Literal["routed", "always"] = "routed"
-    deadline_s: Seconds = 10.0
+    where: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict
+    )  # metadata key, or `reward` -> values; all must match
+    gate: str | None = None
+    max_bonus: Annotated[float, Field(gt=0.0)] | None = None  # bounds |weight * value|
+    deadline_s: Seconds = 10.0  # of one call: one sample, or the whole group of a group reward
     retries: Annotated[int, Field(ge=0, le=10)] = 1
+    cache: bool = True  # the same sample is judged once
     params: dict[str, Any] = Field(default_factory=dict)
+    # A function that is not registered under this name, or a server: `python -m rewards serve`, or OpenRLHF's protocol.
+    path: str | None = None  # package.module:function or file.py:function
+    url: str | None = None
+    style: Literal["groupwise", "trl", "verl", "openrlhf"] = "groupwise"
+    conversational: bool = True  # style trl: prompts and completions as lists of messages, else as text
+    low: float | None = None  # its values lie in [low, high]
+    high: float | None = None
+
+    @property
+    def registered(self) -> bool:
+        """The function is known by the component's name."""
+        return self.path is None and self.url is None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight, or those of the schedule."""
+        return tuple(weight for _, weight in self.weight_schedule) or (self.weight,)
+
+    def weight_at(self, version: int) -> float:
+        """The weight for samples of this weight version."""
+        points = self.weight_schedule
+        if not points:
+            return self.weight
+        if version <= points[0][0]:
+            return points[0][1]
+        for (start, before), (end, after) in pairwise(points):
+            if version < end:
+                return before + (after - before) * (version - start) / (end - start)
+        return points[-1][1]
 
 
 class RewardsConfig(Section):
@@ -146,6 +190,8 @@ class RewardsConfig(Section):
     correct_at: float = 1.0  # a sample is correct when its task value reaches this
     workers: Positive = 1  # Ray actors
     processes: Positive = 1  # killable grader processes in each
+    async_calls: Positive = 64  # calls of async rewards in flight in each, in one more process
+    cache_entries: Annotated[int, Field(ge=0)] = 10_000  # verdicts kept in each
     memory_limit_mib: Positive = 2048  # address space of one grader process
     error_budget: Fraction = 0.05  # share of failed rewards in one step that stops the run
 
@@ -191,6 +237,7 @@ class TrainingConfig(Section):
     ranks: Positive = 2
     zero_stage: Literal[1, 2, 3] = 2
     micro_batch_size: Positive = 32  # rows per forward and rank
+    packing: bool = False  # rows of a micro-batch as one without padding; saves most with flash_attention_2
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -260,8 +307,8 @@ class CollectStage(Section):
     """Samples completions with the current policy, scores them and writes pairs or groups to a Parquet file.
 
     Chosen is the shortest correct completion (EXAONE 4.0, stage 1) or that of the highest reward; rejected the worst by
-    reward of all, or of the incorrect ones. `incorrect_else_longest_correct` takes the longest correct one where none is
-    incorrect; it must then be longer than the chosen, whatever the rewards. A truncated completion is never chosen.
+    reward of all, or of the incorrect ones. `incorrect_else_longest_correct` takes the longest correct one where none
+    is incorrect; it must then be longer than the chosen, whatever the rewards. A truncated completion is never chosen.
     """
 
     kind: Literal["collect"]

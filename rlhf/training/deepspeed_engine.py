@@ -59,6 +59,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         self.zero_stage = training.zero_stage
+        self._packing = training.packing
         self.device = torch.device("cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         settings = zero_settings(model.dtype, training, optimizer)
         policy = load_policy(
@@ -82,7 +83,7 @@ class DeepSpeedEngine:
 
     def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """[B, T] right-padded tokens, `lengths` [B] -> logits [B, T, V]."""
-        return _logits(self.engine, token_ids.to(self.device), lengths.to(self.device))
+        return _logits(self.engine, token_ids.to(self.device), lengths.to(self.device), packing=self._packing)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this micro-batch; `last` is True for the last one before `step`.
@@ -139,6 +140,7 @@ class FrozenModel:
             model_path, model.dtype, attention=model.attention, trust_remote_code=model.trust_remote_code
         )
         self._device = device
+        self._packing = training.packing
         self._model = policy.eval().requires_grad_(False)
         if training.zero_stage == 3:
             import deepspeed
@@ -150,17 +152,26 @@ class FrozenModel:
     @torch.no_grad()
     def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """[B, T] right-padded tokens, `lengths` [B] -> logits [B, T, V]. Collective under ZeRO-3."""
-        return _logits(self._model, token_ids.to(self._device), lengths.to(self._device))
+        return _logits(self._model, token_ids.to(self._device), lengths.to(self._device), packing=self._packing)
 
     def close(self) -> None:
         if hasattr(self._model, "destroy"):
             self._model.destroy()
 
 
-def _logits(model: Any, token_ids: Tensor, lengths: Tensor) -> Tensor:
+def _logits(model: Any, token_ids: Tensor, lengths: Tensor, *, packing: bool) -> Tensor:
+    """Logits [B, T, V]; where `packing`, what they hold on padding is zero."""
     position = torch.arange(token_ids.shape[1], device=token_ids.device)
-    attention_mask = (position[None] < lengths[:, None]).long()
-    return model(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).logits
+    present = position[None] < lengths[:, None]
+    if not packing:
+        return model(input_ids=token_ids, attention_mask=present.long(), use_cache=False).logits
+    # Positions that start again and no mask are how transformers knows several sequences in one row: it then keeps
+    # attention within each of them.
+    positions = position.expand_as(token_ids)[present][None]
+    packed = model(input_ids=token_ids[present][None], position_ids=positions, use_cache=False).logits[0]
+    spread = packed.new_zeros(*token_ids.shape, packed.shape[-1])
+    spread[present] = packed
+    return spread
 
 
 def _frozen_settings(dtype: str, training: TrainingConfig) -> dict[str, Any]:

@@ -45,21 +45,22 @@ from rlhf.training.rank import LearnerRank  # noqa: E402
 STEPS = 3
 K3 = {"coefficient": 0.1, "estimator": "k3", "placement": "loss"}
 TO_GO = {"coefficient": 0.1, "estimator": "k1", "placement": "reward_to_go"}
-EVERY_LAYOUT = list(product((1, 2, 3), (1, 2, 8)))
-TWO_LAYOUTS = [(1, 8), (3, 2)]
-CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
+UNPACKED = [(zero, size, False) for zero, size in product((1, 2, 3), (1, 2, 8))]
+EVERY_LAYOUT = [*UNPACKED, (1, 8, True), (2, 3, True), (3, 2, True)]
+FEW_LAYOUTS = [(1, 8, False), (3, 2, False), (2, 3, True)]
+CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int, bool]]]] = {
     "sft": ({}, EVERY_LAYOUT),
     "grpo_icepop": ({}, EVERY_LAYOUT),
-    "grpo": ({"kl": K3}, TWO_LAYOUTS),
-    "gspo": ({"clip_low": 0.2, "clip_high": 0.2}, TWO_LAYOUTS),
-    "agapo": ({"kl": TO_GO}, TWO_LAYOUTS),
-    "dpo": ({}, TWO_LAYOUTS),
-    "grouper": ({}, TWO_LAYOUTS),
+    "grpo": ({"kl": K3}, FEW_LAYOUTS),
+    "gspo": ({"clip_low": 0.2, "clip_high": 0.2}, FEW_LAYOUTS),
+    "agapo": ({"kl": TO_GO}, FEW_LAYOUTS),
+    "dpo": ({}, FEW_LAYOUTS),
+    "grouper": ({}, FEW_LAYOUTS),
 }
-"""Algorithm -> its hyper-parameters and the (ZeRO stage, micro-batch size) it is trained with."""
+"""Algorithm -> its hyper-parameters and the (ZeRO stage, micro-batch size, packing) it is trained with."""
 
 
-def config(zero_stage: int, micro_batch_size: int) -> RunConfig:
+def config(zero_stage: int, micro_batch_size: int, packing: bool) -> RunConfig:
     optimizer = {"learning_rate": 1e-3, "max_grad_norm": 0.5}
     return RunConfig.model_validate(
         {
@@ -70,7 +71,12 @@ def config(zero_stage: int, micro_batch_size: int) -> RunConfig:
             "algorithm": {"name": "grpo_icepop"},
             "rewards": {"components": {"math": {}}},
             "rollouts": {"temperature": 0.8},
-            "training": {"ranks": RANKS, "zero_stage": zero_stage, "micro_batch_size": micro_batch_size},
+            "training": {
+                "ranks": RANKS,
+                "zero_stage": zero_stage,
+                "micro_batch_size": micro_batch_size,
+                "packing": packing,
+            },
         }
     )
 
@@ -151,8 +157,8 @@ def main() -> None:
     torch.set_num_threads(1)
     joined = False
     runs = [(layout, name) for name, (_, layouts) in CASES.items() for layout in layouts]
-    for (zero_stage, micro_batch_size), name in runs:
-        settings = config(zero_stage, micro_batch_size)
+    for (zero_stage, micro_batch_size, packing), name in runs:
+        settings = config(zero_stage, micro_batch_size, packing)
         rank = LearnerRank(RANK, settings)
         if not joined:
             rank.join("127.0.0.1", PORT)
@@ -162,7 +168,7 @@ def main() -> None:
         figures = train(rank, chosen, micro_batch_size)
         rank.close()
         if RANK == 0:
-            print("RESULT", json.dumps([zero_stage, RANKS, micro_batch_size, name, figures]), flush=True)
+            print("RESULT", json.dumps([zero_stage, RANKS, micro_batch_size, packing, name, figures]), flush=True)
 
 
 if __name__ == "__main__":

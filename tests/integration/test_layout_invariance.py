@@ -1,7 +1,7 @@
-"""Same numbers whatever the layout: real DeepSpeed, ZeRO 1-3, 1 and 2 ranks, micro-batches of 1, 2 and 8 rows.
+"""Same numbers whatever the layout: real DeepSpeed, ZeRO 1-3, 1 and 2 ranks, micro-batches of 1 to 8 rows, packing.
 
-Two algorithms in all layouts, and one of every other kind (reference, sequence ratio, KL to go, pairs, groups) in the
-two that differ most.
+Two algorithms in all layouts, and one of every other kind (reference, sequence ratio, KL to go, pairs, groups) in those
+that differ most.
 """
 
 import json
@@ -20,9 +20,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.integration
 
+Figures = dict[tuple[int, int, int, bool, str], list[list[float]]]
 
-def figures(model: Path, ranks: int) -> dict[tuple[int, int, int, str], list[list[float]]]:
-    """(zero stage, ranks, micro-batch size, algorithm) -> (loss, gradient norm) of three steps."""
+
+def figures(model: Path, ranks: int) -> Figures:
+    """(zero stage, ranks, micro-batch size, packing, algorithm) -> (loss, gradient norm) of three steps."""
     port = str(free_port())
     command = [sys.executable, str(Path(__file__).with_name("layout_rank.py"))]
     processes = [
@@ -39,11 +41,11 @@ def figures(model: Path, ranks: int) -> dict[tuple[int, int, int, str], list[lis
     outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [p.returncode for p in processes] == [0] * ranks, "\n".join(o[-3000:] for o in outputs)
     lines = [line.split("RESULT ", 1)[1] for line in outputs[0].splitlines() if "RESULT " in line]
-    return {(z, r, m, name): values for z, r, m, name, values in map(json.loads, lines)}
+    return {(z, r, m, p, name): values for z, r, m, p, name, values in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
-def all_figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int, str], list[list[float]]]:
+def all_figures(tmp_path_factory: pytest.TempPathFactory) -> Figures:
     config = Exaone4TinyModel(kind="exaone4_tiny", hidden_size=32, intermediate_size=64, heads=2, kv_heads=1)
     model = prepare_model(config, 0, tmp_path_factory.mktemp("model") / "tiny")
     return figures(model, 1) | figures(model, 2)
@@ -51,12 +53,12 @@ def all_figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int
 
 @pytest.mark.parametrize(
     ("algorithm", "layouts"),
-    [("sft", 18), ("grpo_icepop", 18), ("grpo", 4), ("gspo", 4), ("agapo", 4), ("dpo", 4), ("grouper", 4)],
+    [("sft", 24), ("grpo_icepop", 24), ("grpo", 6), ("gspo", 6), ("agapo", 6), ("dpo", 6), ("grouper", 6)],
 )
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(all_figures, algorithm, layouts):
-    ours = {key: values for key, values in all_figures.items() if key[3] == algorithm}
+    ours = {key: values for key, values in all_figures.items() if key[4] == algorithm}
     assert len(ours) == layouts
-    reference = ours[1, 1, 8, algorithm]
+    reference = ours[1, 1, 8, False, algorithm]
     for key, values in ours.items():
         for (loss, norm), (expected_loss, expected_norm) in zip(values, reference, strict=True):
             assert loss == pytest.approx(expected_loss, abs=1e-5), key
