@@ -93,7 +93,8 @@ def test_a_formula_imports_torch_and_other_formulas_alone() -> None:
 
 
 def module_names(prefix: str) -> list[str]:
-    files = [file for file in FILES if file.startswith(prefix)]
+    # What runs inside the sandbox finds its neighbours as top-level modules: it is no part of the package there.
+    files = [file for file in FILES if file.startswith(prefix) and "/inside/" not in file]
     return [file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in files]
 
 
