@@ -56,8 +56,8 @@ def language_consistency(
 ) -> Score | Abstain:
     """The share of letters that are in the expected script, in [0, 1].
 
-    `scope`: the text after the thinking, or all of it. `language`: a name of `LANGUAGES`; None is the language of the last
-    user turn by most of its letters. Code, links, numbers, LaTeX commands and single Latin or Greek letters (variables)
+    `scope`: the text after the thinking, or all of it. `language`: a name of `LANGUAGES`; None is that of the last user
+    turn by most of its letters. Code, links, numbers, LaTeX commands and single Latin or Greek letters (variables)
     do not count. Without any letter in the answer or the user's turn there is nothing to compare: `without_letters`, or
     an abstention, which masks the sample. ValueError for an unknown `scope` or `language`.
     """
