@@ -33,7 +33,16 @@ from rewards.worker import spawn
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.page import help_for
 from rlhf.cluster import Cluster, roles
-from rlhf.config import CollectStage, FilterStage, PreferenceFile, PreferenceStage, RlStage, RunConfig, SftStage
+from rlhf.config import (
+    CollectStage,
+    FilterStage,
+    PreferenceFile,
+    PreferenceStage,
+    RlStage,
+    RunConfig,
+    SftStage,
+    StageConfig,
+)
 from rlhf.console import RunConsole
 from rlhf.errors import ConfigError, DataError, GroupwiseError, did_you_mean
 from rlhf.gpu_turns import EngineTurns
@@ -284,23 +293,28 @@ def check_prompts(
     """
     for prompt in held_out:
         check_reward(config, prompt)
-    for mode in modes:
-        for prompt in held_out:
+        for mode in modes:
             renderer.prompt(prompt, mode)
-        for name, stage in config.stages.items():
-            if isinstance(stage, PreferenceStage):
-                continue
-            source = sources.of(name)
-            for index in range(source.size or 0):
-                prompt = source.prompt(index)
-                renderer.prompt(prompt, mode)
-                if not isinstance(stage, SftStage):
-                    check_reward(config, prompt)
-                if isinstance(stage, SftStage):
-                    renderer.demonstration(source.demonstration(index), mode)
-    for stage in config.stages.values():
-        if isinstance(stage, PreferenceStage) and isinstance(stage.data, PreferenceFile):
+    for name, stage in config.stages.items():
+        if not isinstance(stage, PreferenceStage):
+            check_records(config, renderer, sources.of(name), stage, modes)
+        elif isinstance(stage.data, PreferenceFile):
             load_preferences(stage.data, renderer, stage.reasoning_mode)
+
+
+def check_records(
+    config: RunConfig, renderer: Renderer, source: PromptSource, stage: StageConfig, modes: Sequence[bool]
+) -> None:
+    """`check_prompts` for all records of a finite source that `stage` takes."""
+    for index in range(source.size or 0):
+        if isinstance(stage, SftStage):
+            for mode in modes:
+                renderer.demonstration(source.demonstration(index), mode)
+            continue
+        prompt = source.prompt(index)
+        check_reward(config, prompt)
+        for mode in modes:
+            renderer.prompt(prompt, mode)
 
 
 def check_reward(config: RunConfig, prompt: Prompt) -> None:

@@ -1,5 +1,5 @@
 """Reward services: SAMPLE -> REWARD. A reward of your own is one function decorated with `@reward`."""
 
-from rewards.registry import Abstain, RewardInput, Score, reward
+from rewards.registry import Abstain, RewardInput, Score, TransientRewardError, reward
 
-__all__ = ["Abstain", "RewardInput", "Score", "reward"]
+__all__ = ["Abstain", "RewardInput", "Score", "TransientRewardError", "reward"]

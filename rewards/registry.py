@@ -4,24 +4,49 @@
     def even(sample: RewardInput, base: int = 10) -> float | bool | Abstain | Score:
         return int(sample.final, base) % 2 == 0
 
-Keyword arguments come from `rewards.components.<name>.params`. What the function raises, and a value that is not a
-finite number in the declared range, is a failed reward with the author's traceback, never a zero. Nothing here
-imports torch, ray or numpy: reward functions run in small killable processes.
+    @reward("shortest", group=True)
+    def shortest(samples: Sequence[RewardInput]) -> list[float | bool | Abstain | Score]:
+        least = min(sample.completion_tokens for sample in samples)
+        return [sample.completion_tokens == least for sample in samples]
+
+An `async def` runs beside many others on one event loop, so a reward that mostly waits needs one process. Keyword
+arguments come from `rewards.components.<name>.params`. What the function raises, and a value that is not a finite
+number in the declared range, is a failed reward with the author's traceback, never a zero. Nothing here imports torch,
+ray or numpy: reward functions run in small killable processes.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, Literal, overload
 
 from rlhf.errors import ConfigError, GroupwiseError, did_you_mean
 
-BUILTIN_MODULES = ("rewards.conciseness", "rewards.format", "rewards.language", "rewards.math")
+BUILTIN_MODULES = (
+    "rewards.chart",
+    "rewards.code",
+    "rewards.conciseness",
+    "rewards.counting",
+    "rewards.format",
+    "rewards.grounding",
+    "rewards.instruction",
+    "rewards.language",
+    "rewards.math",
+    "rewards.multiple_choice",
+    "rewards.ocr",
+    "rewards.overlong",
+    "rewards.repetition",
+    "rewards.science",
+)
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -92,7 +117,16 @@ class Score:
 
 
 class InvalidRewardError(GroupwiseError):
-    """A reward function returned something that is not a reward."""
+    """A reward function returned something that is not a reward, or a server says that it failed there, and how."""
+
+    def __init__(self, message: str, kind: Literal["invalid", "raised", "transient"] = "invalid", trace: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.trace = trace
+
+
+class TransientRewardError(GroupwiseError):
+    """For authors to raise where another attempt may succeed: a rate limit, a dropped connection."""
 
 
 def split_thinking(completion: str, reasoning_mode: bool) -> tuple[str, str]:
@@ -109,17 +143,41 @@ def split_thinking(completion: str, reasoning_mode: bool) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
-    """A registered reward: the author's function, its declared range and where it was defined."""
+    """A registered reward: the author's function, its declared range and where it was defined.
+
+    `group`: it takes all samples of a group at once and returns as many values. `packages` must be installed. `retry`
+    are exceptions after which another attempt may succeed, besides TransientRewardError.
+    """
 
     name: str
     function: Callable[..., Any]
     low: float
     high: float
     location: str
+    group: bool = False
+    packages: tuple[str, ...] = ()
+    retry: tuple[type[Exception], ...] = ()
 
     def judge(self, sample: RewardInput, params: Mapping[str, Any]) -> Score | Abstain:
-        """The function's verdict on `sample`, checked. Raises what the function raises, or InvalidRewardError."""
-        returned = self.function(sample, **params)
+        """The function's verdict on `sample`, checked; a group reward sees a group of this one.
+
+        Raises what the function raises, or InvalidRewardError. Not for use under a running event loop.
+        """
+        if not self.group:
+            return self.checked(self._finished(self.function(sample, **params)))
+        verdict = self.judge_group([sample], params)[0]
+        if isinstance(verdict, InvalidRewardError):
+            raise verdict
+        return verdict
+
+    def judge_group(
+        self, samples: Sequence[RewardInput], params: Mapping[str, Any]
+    ) -> list[Score | Abstain | InvalidRewardError]:
+        """A group reward's verdict on each of `samples`. Raises as `judge`, also when their number is wrong."""
+        return self.checked_group(self._finished(self.function(samples, **params)), len(samples))
+
+    def checked(self, returned: Any) -> Score | Abstain:
+        """What the function returned for one sample, as a verdict. Raises InvalidRewardError."""
         if isinstance(returned, Abstain):
             return returned
         verdict = returned if isinstance(returned, Score) else Score(returned)
@@ -131,6 +189,52 @@ class RewardFunction:
             )
         parts = {str(key): self._number(part, f"part {key!r} is") for key, part in verdict.parts.items()}
         return Score(value, str(verdict.reason), parts)
+
+    def checked_group(self, returned: Any, count: int) -> list[Score | Abstain | InvalidRewardError]:
+        """What the function returned for `count` samples, as verdicts. A wrong number of them is wrong for all."""
+        if not isinstance(returned, Sequence) or isinstance(returned, str | bytes):
+            raise InvalidRewardError(
+                f"group reward {self.name!r} returned {type(returned).__name__}: must be a list with one value for "
+                f"each of the {count} samples. Defined at {self.location}"
+            )
+        if len(returned) != count:
+            raise InvalidRewardError(
+                f"group reward {self.name!r} returned {len(returned)} values for {count} samples: must be one for "
+                f"each, in their order; Abstain(reason) where it does not apply. Defined at {self.location}"
+            )
+        return [self._checked_or_error(value) for value in returned]
+
+    def _checked_or_error(self, returned: Any) -> Score | Abstain | InvalidRewardError:
+        if isinstance(returned, InvalidRewardError):
+            return returned
+        try:
+            return self.checked(returned)
+        except InvalidRewardError as error:
+            return error
+
+    @staticmethod
+    def _finished(returned: Any) -> Any:
+        return asyncio.run(_awaited(returned)) if inspect.isawaitable(returned) else returned
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    def is_transient(self, error: BaseException) -> bool:
+        """The author declared that another attempt may end differently."""
+        return isinstance(error, (TransientRewardError, *self.retry))
+
+    @property
+    def missing_packages(self) -> tuple[str, ...]:
+        """Those of `packages` that are not installed, under the name of a distribution or of a module."""
+        return tuple(package for package in self.packages if not _installed(package))
+
+    @property
+    def version(self) -> str:
+        """Changes with the source file that defines the function."""
+        path = inspect.getsourcefile(inspect.unwrap(self.function))
+        source = Path(path).read_bytes() if path and Path(path).is_file() else self.location.encode()
+        return hashlib.sha256(source).hexdigest()[:16]
 
     def _number(self, value: Any, what: str) -> float:
         if not isinstance(value, Real):
@@ -171,18 +275,43 @@ def reward(name: Callable[..., Any], /) -> Callable[..., Any]: ...
 
 @overload
 def reward(
-    name: str | None = None, /, *, low: float = 0.0, high: float = 1.0
+    name: str | None = None,
+    /,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    group: bool = False,
+    requires: Iterable[str] = (),
+    retry: Iterable[type[Exception]] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 
 
-def reward(name: str | Callable[..., Any] | None = None, /, *, low: float = 0.0, high: float = 1.0) -> Any:
+def reward(
+    name: str | Callable[..., Any] | None = None,
+    /,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    group: bool = False,
+    requires: Iterable[str] = (),
+    retry: Iterable[type[Exception]] = (),
+) -> Any:
     """Register a function under `name` (its own when left out) and return it unchanged.
 
-    Raises ConfigError when the name is taken, naming both places, or when the range is empty.
+    `low` and `high` bound every value. `group`: it takes a sequence of RewardInput and returns as many values.
+    `requires` names packages to install; import them inside the function. `retry` are exceptions, besides
+    TransientRewardError, after which it is called again. Raises ConfigError when the name is taken, naming both places,
+    or when the range is empty.
     """
-    if callable(name):
-        return _register(name.__name__, name, low, high)
-    return lambda function: _register(name or function.__name__, function, low, high)
+
+    def registered(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = name if isinstance(name, str) else function.__name__
+        where = location_of(function)
+        entry = RewardFunction(own, function, float(low), float(high), where, group, tuple(requires), tuple(retry))
+        register(entry)
+        return function
+
+    return registered(name) if callable(name) else registered
 
 
 def lookup(name: str) -> RewardFunction:
@@ -207,14 +336,40 @@ def unknown_name(key: str, name: str, known: Iterable[str]) -> str:
     return f"{key} = {name!r}: must be one of {listed}. There is no such name. {did_you_mean(name, known, '')}".rstrip()
 
 
-def _register(name: str, function: Callable[..., Any], low: float, high: float) -> Callable[..., Any]:
-    location = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
-    if not low < high:
-        raise ConfigError([f"reward {name!r}: low={low} must be below high={high}. Defined at {location}"])
-    if name in _REGISTERED:
+def register(entry: RewardFunction, *, replacing: bool = False) -> None:
+    """Make `entry` known. Raises ConfigError when its range is empty, or its name is taken unless it is `replacing`."""
+    if not entry.low < entry.high:
         raise ConfigError(
-            [f"reward = {name!r}: a name can be registered once. It is defined at {_REGISTERED[name].location} and at "
-             f"{location}. Rename one of them."]
+            [f"reward {entry.name!r}: low={entry.low} must be below high={entry.high}. Defined at {entry.location}"]
+        )
+    if entry.name in _REGISTERED and not replacing:
+        raise ConfigError(
+            [f"reward = {entry.name!r}: a name can be registered once. It is defined at "
+             f"{_REGISTERED[entry.name].location} and at {entry.location}. Rename one of them."]
         )  # fmt: skip
-    _REGISTERED[name] = RewardFunction(name, function, float(low), float(high), location)
-    return function
+    _REGISTERED[entry.name] = entry
+
+
+def registered_as(function: Callable[..., Any]) -> RewardFunction | None:
+    """The entry that `@reward` made for this very function."""
+    return next((entry for entry in _REGISTERED.values() if entry.function is function), None)
+
+
+def location_of(function: Callable[..., Any]) -> str:
+    """`file:line` of a function, or the name of what is no plain function."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
+
+
+def _installed(package: str) -> bool:
+    from importlib import metadata  # 20 ms that a grader process saves at its start
+
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return package.isidentifier() and importlib.util.find_spec(package) is not None
+    return True
+
+
+async def _awaited(returned: Any) -> Any:
+    return await returned

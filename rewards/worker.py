@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from rewards.processes import Health
 from rewards.scorer import Scorer
 from rlhf.config import RewardsConfig
 from rlhf.plugins import absolute
@@ -22,6 +24,12 @@ class RewardWorker:
     def score(self, group: SampleGroup) -> ScoredGroup:
         return self._scorer.score(group)
 
+    def metrics(self) -> Mapping[str, float]:
+        return self._scorer.metrics()
+
+    def health(self) -> Health:
+        return self._scorer.health()
+
     def ping(self) -> bool:
         return True
 
@@ -30,11 +38,20 @@ class RewardWorker:
 
 
 def spawn(config: RewardsConfig, count: int, actor_options: dict[str, Any]) -> list[ActorHandle]:
-    """`count` reward workers, starting up. Each scores as many groups at a time as it has grader processes.
+    """`count` reward workers, starting up. Each scores as many groups at a time as its grader processes have use for.
 
-    Paths in `config.modules` are made absolute here, because an actor may run in another folder.
+    Paths in the config are made absolute here, because an actor may run in another folder.
     """
-    config = config.model_copy(update={"modules": absolute(config.modules)})
-    options = {"max_concurrency": config.processes + 1} | actor_options  # one more, for ping and close
+    at_work = config.processes + config.async_calls
+    options = {"max_concurrency": at_work + 2} | actor_options  # two more, for ping, metrics, health and close
     actor = ray.remote(RewardWorker).options(**options)
-    return [actor.remote(config) for _ in range(count)]
+    return [actor.remote(with_absolute_paths(config)) for _ in range(count)]
+
+
+def with_absolute_paths(config: RewardsConfig) -> RewardsConfig:
+    components = {}
+    for name, part in config.components.items():
+        module, colon, function = (part.path or "").rpartition(":")
+        path = f"{absolute([module])[0]}{colon}{function}" if part.path else part.path
+        components[name] = part.model_copy(update={"path": path})
+    return config.model_copy(update={"components": components, "modules": absolute(config.modules)})

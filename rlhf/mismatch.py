@@ -10,8 +10,9 @@ from rlhf.batches import AnnotatedBatch
 def mismatch_metrics(batch: AnnotatedBatch) -> dict[str, float]:
     """Of rollout versus proximal log-probs over all completion tokens of all ranks, before any truncation.
 
-    `mismatch/kl_nats` is the mean of rollout minus proximal (the k1 estimate of KL(rollout || proximal)). Fresh samples (staleness 0) are also given alone: there only numerics can differ, so what
-    they lack to the whole is the change of the policy.
+    `mismatch/kl_nats` is the mean of rollout minus proximal (the k1 estimate of KL(rollout || proximal)). Fresh samples
+    (staleness 0) are also given alone: there only numerics can differ, so what they lack to the whole is the change of
+    the policy.
     """
     out = _of_tokens(batch.loss_mask, batch, "mismatch")
     fresh = batch.loss_mask & (batch.staleness == 0)[:, None]

@@ -101,9 +101,9 @@ def pick(scored: ScoredGroup, stage: CollectStage, *, correct_at: float, seed: i
     """The pair or group that `stage` makes of `scored`, or why there is none.
 
     A sample is correct when its task value is at least `correct_at`. Samples that abstained or failed and empty
-    completions never enter; the chosen, or best, is never truncated. Among equals the earlier sample is taken: any other
-    rule would prefer short, or long, completions unasked. `seed` and the group's id decide the random members of a group, whatever else is collected. Raises DataError
-    where `stage.weights` names a part that a sample lacks.
+    completions never enter; the chosen, or best, is never truncated. Among equals the earlier sample is taken: any
+    other rule would prefer short, or long, completions unasked. `seed` and the group's id decide the random members of
+    a group, whatever else is collected. Raises DataError where `stage.weights` names a part that a sample lacks.
     """
     candidates = _candidates(scored, stage.weights, correct_at)
     if len(candidates) < 2:

@@ -20,6 +20,7 @@ from urllib.parse import urlparse
 
 from rlhf.algorithms import Algorithm
 from rlhf.config import (
+    ROUTED,
     ClusterConfig,
     CollectStage,
     EvaluationConfig,
@@ -27,6 +28,7 @@ from rlhf.config import (
     FilterStage,
     ModelConfig,
     PreferenceStage,
+    RewardComponent,
     RewardsConfig,
     RlStage,
     RolloutsConfig,
@@ -60,6 +62,7 @@ TRANSPORTS = ("auto", "ray", "nccl", "cuda_ipc")
 RESERVED_STAGE_NAMES = ("before",)  # the evaluation ahead of the first stage
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_FUNCTION_PATH = re.compile(r"(.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _rules: list[Rule] = []
 
@@ -426,7 +429,7 @@ def reward_weights_train_something(rewards: RewardsConfig) -> Messages:
         if not math.isfinite(part.weight):
             key, reason = f"rewards.components.{name}.weight", "It multiplies every reward"
             yield problem(key, part.weight, "must be a finite number", reason, "The usual value is 1.0")
-    if all(part.weight == 0.0 for part in rewards.components.values()):
+    if all(not any(part.weights) for part in rewards.components.values()):
         weights = ", ".join(f"{name}.weight = 0" for name in rewards.components)
         rule, reason = f"at least one weight must differ from 0 ({weights})", "Every reward would be 0"
         yield problem("rewards.components", _braced(rewards.components), rule, reason, "Give one a weight, such as 1.0")
@@ -440,9 +443,110 @@ def correctness_threshold_is_finite(rewards: RewardsConfig) -> Messages:
 
 
 @_rule
+def no_component_is_called_routed(rewards: RewardsConfig) -> Messages:
+    if ROUTED in rewards.components:
+        rule, reason = f"a component must not be called {ROUTED}", "As a gate this is the one that the record names"
+        yield problem(f"rewards.components.{ROUTED}", "{...}", rule, reason, "Rename it")
+
+
+@_rule
+def weight_schedules_rise_in_steps(rewards: RewardsConfig) -> Messages:
+    for name, part in rewards.components.items():
+        key, points = f"rewards.components.{name}.weight_schedule", part.weight_schedule
+        shown, steps = [list(point) for point in points], [step for step, _ in points]
+        if points and part.weight != RewardComponent.model_fields["weight"].default:
+            rule, reason = "must not be set together with weight_schedule", "Both say what the part weighs"
+            yield problem(f"rewards.components.{name}.weight", part.weight, rule, reason, "Remove one")
+        if steps != sorted(set(steps)) or (steps and steps[0] < 0):
+            rule, reason = "steps must be >= 0 and rise", "Between two points the weight is linear"
+            yield problem(key, shown, rule, reason, "Sort the points by step, each step once")
+        if not all(math.isfinite(weight) for _, weight in points):
+            yield problem(key, shown, "weights must be finite numbers", "They multiply the reward", "Correct them")
+
+
+@_rule
+def gates_are_other_components(rewards: RewardsConfig) -> Messages:
+    parts = rewards.components
+    for name, part in parts.items():
+        key, gate = f"rewards.components.{name}.gate", part.gate
+        if gate is None:
+            continue
+        if gate == ROUTED and part.applies == "routed":
+            reason = "Where it runs it is that one itself"
+            yield problem(key, gate, "must not be routed where applies is routed", reason, "Name another component")
+        elif gate != ROUTED and gate not in parts:
+            reason = "No component of this name is in rewards.components"
+            fix = did_you_mean(gate, [*parts, ROUTED], f"There are {', '.join(parts)} and {ROUTED}")
+            yield problem(key, gate, f"must be a component or {ROUTED}", reason, fix)
+        elif cycle := _gate_cycle(parts, name):
+            rule, reason = f"gates must not form a circle ({' -> '.join(cycle)})", "None of them could ever open"
+            yield problem(key, gate, rule, reason, "Remove one of these gates")
+
+
+def _gate_cycle(parts: Mapping[str, RewardComponent], name: str) -> list[str]:
+    """The way from `name` along its gates back to `name`; empty where it does not lead there."""
+    way, gate = [name], parts[name].gate
+    while gate is not None and gate in parts and gate not in way[1:]:
+        way.append(gate)
+        if gate == name:
+            return way
+        gate = parts[gate].gate
+    return []
+
+
+@_rule
+def only_components_for_all_samples_choose_sources(rewards: RewardsConfig) -> Messages:
+    for name, part in rewards.components.items():
+        if part.where and part.applies == "routed":
+            key, reason = (
+                f"rewards.components.{name}.where",
+                "A routed component runs exactly where the record names it",
+            )
+            fix = "Set applies to always, or remove where"
+            yield problem(key, _braced(part.where), "needs applies: always", reason, fix)
+
+
+@_rule
+def brought_rewards_are_complete(rewards: RewardsConfig) -> Messages:
+    for name, part in rewards.components.items():
+        key = f"rewards.components.{name}"
+        if part.path is not None and part.url is not None:
+            yield problem(
+                f"{key}.url", part.url, "must not be set together with path", "Both give values", "Remove one"
+            )
+        if part.path is not None and not _FUNCTION_PATH.fullmatch(part.path):
+            rule, reason = "must be package.module:function or file.py:function", "This names no function"
+            yield problem(f"{key}.path", part.path, rule, reason, "Add a colon and the name of the function")
+        if part.url is not None and part.style not in ("groupwise", "openrlhf"):
+            rule, reason = "must be groupwise or openrlhf with url", "These protocols are spoken over HTTP"
+            yield problem(f"{key}.style", part.style, rule, reason, "Remove it for a `python -m rewards serve`")
+        if part.url is not None and urlparse(part.url).scheme not in ("http", "https"):
+            yield problem(
+                f"{key}.url", part.url, "must begin with http:// or https://", "It is posted to", "Correct it"
+            )
+        if part.registered and part.style != "groupwise":
+            reason = "A registered function is of this program's own style"
+            yield problem(f"{key}.style", part.style, "needs path or url", reason, "Name the function in path")
+        yield from _range_problems(key, part)
+
+
+def _range_problems(key: str, part: RewardComponent) -> Messages:
+    if part.registered and (part.low is not None or part.high is not None):
+        end = "low" if part.low is not None else "high"
+        reason = "A registered function declares its range with @reward"
+        yield problem(f"{key}.{end}", getattr(part, end), "needs path or url", reason, "Remove it")
+    low, high = -math.inf if part.low is None else part.low, math.inf if part.high is None else part.high
+    if not low < high:
+        yield problem(f"{key}.low", low, f"must be below high = {high}", "No value lies between", "Correct them")
+    if not part.conversational and part.style != "trl":
+        reason = "Only functions of TRL get prompts in two forms"
+        yield problem(f"{key}.conversational", "false", "needs style: trl", reason, "Remove it")
+
+
+@_rule
 def reward_components_exist(rewards: RewardsConfig, reward_names: Sequence[str] | None) -> Messages:
     for name in rewards.components if reward_names is not None else ():
-        if name not in (reward_names or ()):
+        if rewards.components[name].registered and name not in (reward_names or ()):
             known = sorted(reward_names or ())
             otherwise = f"Registered: {', '.join(known)}; rewards.modules can register more"
             reason = "No module registered a reward of this name"

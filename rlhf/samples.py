@@ -179,12 +179,19 @@ class Abstained:
 
 @dataclass(frozen=True, slots=True)
 class RewardFailed:
-    """The reward could not be computed after `attempts` tries. Never a zero: masked, counted, charged to the budget."""
+    """The reward could not be computed after `attempts` tries. Never a zero: masked, counted, charged to the budget.
+
+    `kind` is raised, invalid, transient, timeout, crash or memory. It was called with `params`, and with all samples of
+    the group where `whole_group`.
+    """
 
     component: str
     message: str
     traceback: str
     attempts: int
+    kind: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    whole_group: bool = False
 
 
 RewardOutcome = RewardValue | Abstained | RewardFailed
@@ -192,11 +199,15 @@ RewardOutcome = RewardValue | Abstained | RewardFailed
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group with one outcome for each sample, in the same order."""
+    """A group with one outcome for each sample, in the same order.
+
+    `run_dir` is where its failed rewards were written down, if they were.
+    """
 
     group: SampleGroup
     outcomes: tuple[RewardOutcome, ...]
     score_s: float
+    run_dir: str = ""
 
     def __post_init__(self) -> None:
         if len(self.outcomes) != len(self.group.samples):
@@ -209,15 +220,24 @@ class ScoredGroup:
         return tuple((sample, outcome) for sample, outcome in pairs if isinstance(outcome, RewardValue))
 
     @property
+    def failed(self) -> tuple[tuple[Sample, RewardFailed], ...]:
+        """The samples whose reward failed, with how."""
+        pairs = zip(self.group.samples, self.outcomes, strict=True)
+        return tuple((sample, outcome) for sample, outcome in pairs if isinstance(outcome, RewardFailed))
+
+    @property
     def failure_report(self) -> str:
-        """The group's first failed reward with the very sample and the author's traceback; empty where none failed."""
-        for sample, outcome in zip(self.group.samples, self.outcomes, strict=True):
-            if isinstance(outcome, RewardFailed):
-                return (
-                    f"reward {outcome.component!r} on sample {sample.sample_id}, prompt {self.group.prompt.prompt_id}, "
-                    f"{outcome.attempts} attempt(s): {outcome.message}\ncompletion: {sample.completion!r}\n"
-                    f"answer: {self.group.prompt.answer!r}\n{outcome.traceback}"
-                )
+        """The group's first failed reward: the very sample, the author's traceback and the command that makes it again.
+
+        Empty where none failed.
+        """
+        for sample, failure in self.failed:
+            again = f"\nSee it again: python -m rewards replay {sample.sample_id} --run {self.run_dir}"
+            return (
+                f"reward {failure.component!r} on sample {sample.sample_id}, prompt {self.group.prompt.prompt_id}, "
+                f"{failure.attempts} attempt(s): {failure.message}\ncompletion: {sample.completion!r}\n"
+                f"answer: {self.group.prompt.answer!r}\n{failure.traceback}{again if self.run_dir else ''}"
+            )
         return ""
 
 

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from rlhf.cluster import Cluster, gather, redirect_output, result, roles, wait_for_any
 from rlhf.config import RunConfig
 from rlhf.models import load_tokenizer
+from rlhf.reward_failures import RewardFailures
 from rlhf.samples import Prompt, SampleGroup, ScoredGroup
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.transports import receiver_of
@@ -85,6 +86,7 @@ class RolloutClient:
     ) -> None:
         self._config = config
         self._graders = graders
+        self._failures = RewardFailures(log_dir.parent)
         self._next_grader = itertools.cycle(graders)
         self._pending: dict[Any, int] = {}  # scored reference -> engine
         variables = environment(config.cluster.device, config.rollouts.kv_cache_gib)
@@ -114,7 +116,8 @@ class RolloutClient:
         finished, _ = wait_for_any(list(self._pending), timeout_s)
         for reference in finished:
             del self._pending[reference]
-        return [result(reference, "a rollout or its reward") for reference in finished]
+        groups = [result(reference, "a rollout or its reward") for reference in finished]
+        return [self._failures.recorded(group) for group in groups]
 
     def run(self, requests: Sequence[GroupRequest], deadline_s: float) -> list[ScoredGroup]:
         """All of `requests`, in order, beside whatever else is in flight."""
@@ -122,7 +125,8 @@ class RolloutClient:
         for number, request in enumerate(requests):
             group = self.engines[number % len(self.engines)].generate.remote(request)
             references.append(self._graders[number % len(self._graders)].score.remote(group))
-        return gather(references, f"sampling {requests[0].group_id} and on" if requests else "sampling", deadline_s)
+        what = f"sampling {requests[0].group_id} and on" if requests else "sampling"
+        return [self._failures.recorded(group) for group in gather(references, what, deadline_s)]
 
     def pause(self) -> None:
         clear = self._config.weight_sync.clear_kv_cache

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
-def judge(returned: object, **bounds: float) -> Score | Abstain:
+def judge(returned: object, **bounds: Any) -> Score | Abstain:
     reward("under_test", **bounds)(lambda sample: returned)
     return lookup("under_test").judge(SAMPLE, {})
 

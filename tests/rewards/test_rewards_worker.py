@@ -27,14 +27,16 @@ def test_workers_score_groups_and_leave_no_process(tmp_path: Path, monkeypatch: 
     root = Path(__file__).resolve().parents[2]
     ray.init(num_cpus=1, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(root)}})
     try:
-        component = {"grader_pid": {"deadline_s": 0.5, "retries": 0}}
-        config = RewardsConfig.model_validate({"components": component, "modules": ("mine.py",)})
+        component = {"grader_pid": {"deadline_s": 0.5, "retries": 0, "path": "mine.py:grader_pid"}}
+        config = RewardsConfig.model_validate({"components": component})
         (worker,) = spawn(config, 1, {"num_cpus": 0})
         assert ray.get(worker.ping.remote(), timeout=60)
         first, failed, last = ray.get(worker.score.remote(group("a", "hang", "b")), timeout=60).outcomes
         assert isinstance(first, RewardValue)
         assert isinstance(last, RewardValue)
         assert "deadline" in failed.message
+        assert ray.get(worker.metrics.remote(), timeout=60)["reward_service/grader_pid/errors/timeout"] == 1
+        assert ray.get(worker.health.remote(), timeout=60).answered == 1
         pids = {first.reason, last.reason}
         assert len(pids) == 2
         ray.kill(worker)

@@ -688,6 +688,92 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
         "rewards.correct_at = inf: must be a finite number",
     ),
     (
+        "no_component_is_called_routed",
+        {"rewards.components.routed.path": "a.py:f"},
+        "rewards.components.routed = {...}: a component must not be called routed. As a gate this is the one that the "
+        "record names. Rename it.",
+    ),
+    (
+        "weight_schedules_rise_in_steps",
+        {"rewards.components.math.weight_schedule": [[20, 1.0], [10, 0.5]]},
+        "rewards.components.math.weight_schedule = [[20, 1.0], [10, 0.5]]: steps must be >= 0 and rise. Between two "
+        "points the weight is linear. Sort the points by step, each step once.",
+    ),
+    (
+        "weight_schedules_rise_in_steps",
+        {"rewards.components.math": {"weight": 0.5, "weight_schedule": [[0, 1.0]]}},
+        "rewards.components.math.weight = 0.5: must not be set together with weight_schedule",
+    ),
+    (
+        "weight_schedules_rise_in_steps",
+        {"rewards.components.math.weight_schedule": [[0, float("nan")]]},
+        "rewards.components.math.weight_schedule = [[0, nan]]: weights must be finite numbers",
+    ),
+    (
+        "gates_are_other_components",
+        {"rewards.components.format": {"applies": "always", "gate": "mth", "path": "a.py:f"}},
+        "rewards.components.format.gate = mth: must be a component or routed. No component of this name is in "
+        "rewards.components. Did you mean math?",
+    ),
+    (
+        "gates_are_other_components",
+        {"rewards.components.math.gate": "math"},
+        "rewards.components.math.gate = math: gates must not form a circle (math -> math). None of them could ever "
+        "open. Remove one of these gates.",
+    ),
+    (
+        "gates_are_other_components",
+        {"rewards.components.math.gate": "routed"},
+        "rewards.components.math.gate = routed: must not be routed where applies is routed",
+    ),
+    (
+        "only_components_for_all_samples_choose_sources",
+        {"rewards.components.math.where": {"source": ["gsm8k"]}},
+        "rewards.components.math.where = {source}: needs applies: always. A routed component runs exactly where the "
+        "record names it. Set applies to always, or remove where.",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math": {"path": "a.py:f", "url": "http://h", "style": "openrlhf"}},
+        "rewards.components.math.url = http://h: must not be set together with path",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math.path": "a.py"},
+        "rewards.components.math.path = a.py: must be package.module:function or file.py:function. This names no "
+        "function. Add a colon and the name of the function.",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math": {"url": "http://h", "style": "verl"}},
+        "rewards.components.math.style = verl: must be groupwise or openrlhf with url",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math": {"url": "h:80", "style": "openrlhf"}},
+        "rewards.components.math.url = h:80: must begin with http:// or https://",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math.style": "verl"},
+        "rewards.components.math.style = verl: needs path or url",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math.high": 2.0},
+        "rewards.components.math.high = 2.0: needs path or url. A registered function declares its range with @reward",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math": {"path": "a.py:f", "low": 1.0, "high": 1.0}},
+        "rewards.components.math.low = 1.0: must be below high = 1.0",
+    ),
+    (
+        "brought_rewards_are_complete",
+        {"rewards.components.math.conversational": False},
+        "rewards.components.math.conversational = false: needs style: trl",
+    ),
+    (
         "reward_components_exist",
         {"rewards.components.mathh": {}},
         "rewards.components.mathh = {...}: must be a registered reward. No module registered a reward of this "
@@ -794,6 +880,10 @@ def test_a_broken_rule_is_told_by_its_key_value_reason_and_fix(rule: str, change
         {"stages.collect": COLLECT, "stages.more": {**COLLECT, "reuse": "collect", "reuse_fraction": 0.5}},
         {"stages.collect": {**COLLECT, "group_size": 4, "samples_per_prompt": 3}},  # pairs have no group_size
         {"stages.collect": {**COLLECT, "weights": {"math": 1.0, "math/format": 0.5}}},
+        {"rewards.components.math": {"weight_schedule": [[0, 0.0], [10, 1.0]]}},
+        {"rewards.components.math": {"path": "folder/a-b.py:f", "style": "trl", "conversational": False, "low": 0.0}},
+        {"rewards.components.math": {"url": "https://h:80/get_reward", "style": "openrlhf"}},
+        {"rewards.components.format": {"applies": "always", "gate": "routed", "where": {"source": ["a", 3]}}},
         {"stages.filter": {"kind": "filter", "drop_at_most": 6}},
         {"stages.sft.reasoning_token_ratio": 1.5},
         {"algorithm.name": "agapo", "algorithm.correction": {"kind": "tis_sequence"}, "rollouts.max_staleness": 1},
@@ -810,6 +900,20 @@ def test_what_a_rule_allows_passes(changes: dict[str, Any]) -> None:
 def test_the_nearest_valid_values_of_a_division_are_listed() -> None:
     found = only_problem({"stages.rl.updates_per_step": 7})
     assert found.endswith("Nearest valid: 63 or 70; or updates_per_step of 2, 4, 8.")
+
+
+def test_every_gate_of_a_circle_is_named() -> None:
+    always = {"applies": "always"}
+    parts = {"a": {"gate": "b", **always}, "b": {"gate": "a", **always}, "c": {"gate": "a", **always}}
+    found = problems_of({f"rewards.components.{name}": part for name, part in parts.items()})
+    assert [problem.partition(" must not form a circle ")[2].partition(".")[0] for problem in found] == [
+        "(a -> b -> a)",
+        "(b -> a -> b)",
+    ]
+
+
+def test_a_component_with_a_function_of_its_own_needs_no_registered_name() -> None:
+    validate(changed({"rewards.components.mine": {"path": "a.py:f", "style": "verl"}}), ["math"])
 
 
 def test_reward_names_are_unchecked_without_a_registry() -> None:

@@ -1,0 +1,264 @@
+"""The scorer as a service: cache, retries with waits, metrics, health; counts add up whatever a reward does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rewards import scorer as scorer_module
+from rewards.cache import AnswerCache, content_key
+from rewards.child import Answer, Call, Failure
+from rewards.registry import Abstain, RewardInput, Score
+from rewards.scorer import Scorer, backoff_s
+from rlhf.config import RewardsConfig
+from rlhf.samples import (
+    Prompt,
+    RenderedPrompt,
+    RewardFailed,
+    RewardValue,
+    Sample,
+    SampleGroup,
+    ScoredGroup,
+    VersionSpan,
+)
+
+AUTHOR = """
+import asyncio, os, pathlib, signal, sys, time
+from rewards import Abstain, RewardInput, Score, TransientRewardError, reward
+
+LEAK = []
+
+def behave(sample, log):
+    with open(log, "a") as file: file.write(sample.final + "\\n")
+    how = sample.final.split()[0]
+    if how == "exit": os._exit(1)
+    if how == "nan": return float("nan")
+    if how == "large": return 5.0
+    if how == "text": return "1.0"
+    if how == "raise": raise ValueError("always")
+    if how == "abstain": return Abstain("no")
+    if how == "leak":
+        LEAK.append(bytearray(60 << 20))
+        return 0.5
+    if how == "transient":
+        tries = pathlib.Path(log).read_text().splitlines().count(sample.final)
+        if tries < 3: raise TransientRewardError("try again")
+    return 0.5
+
+@reward("task")
+def task(sample, log: str = "/dev/null"):
+    if sample.final.startswith("hang"): time.sleep(600)
+    if sample.final.startswith("slow"): time.sleep(0.2)
+    return behave(sample, log)
+
+@reward("judge")
+async def judge(sample, log: str = "/dev/null"):
+    if sample.final.startswith("hang"): await asyncio.sleep(600)
+    if sample.final.startswith("slow"): await asyncio.sleep(0.5)
+    return behave(sample, log)
+
+@reward("best", group=True)
+def best(samples, log: str = "/dev/null"):
+    if any("short" in sample.final for sample in samples): return [1.0]
+    return [behave(sample, log) for sample in samples]
+"""
+
+
+@pytest.fixture(scope="module")
+def author(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("author") / "service.py"
+    path.write_text(AUTHOR)
+    return str(path)
+
+
+def started(author: str, name: str, limit_mib: int = 512, entries: int = 100, **component: Any) -> Scorer:
+    parts = {name: {"deadline_s": 1.0, **component}}
+    raw = {"components": parts, "modules": (author,), "memory_limit_mib": limit_mib, "cache_entries": entries}
+    return Scorer(RewardsConfig.model_validate(raw))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def group(*completions: str, reward: str = "task") -> SampleGroup:
+    prompt = Prompt("p7", ({"role": "user", "content": "?"},), "42", reward)
+    mask, ids = np.array([False, True]), np.arange(2, dtype=np.int32)
+    samples = tuple(
+        Sample(f"g7/{i}", ids, mask, np.zeros(2, np.float32), (VersionSpan(0, 0, 1),), text, "stop")
+        for i, text in enumerate(completions)
+    )
+    return SampleGroup("g7", RenderedPrompt(prompt, ids[:1], reasoning_mode=False), samples, 0.1)
+
+
+def outcomes(scored: ScoredGroup) -> list[str]:
+    return [one.kind if isinstance(one, RewardFailed) else type(one).__name__ for one in scored.outcomes]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "BACKOFF_S", 0.02)
+
+
+@pytest.mark.parametrize("name", ["task", "judge"])
+def test_whatever_a_reward_does_every_sample_has_its_own_outcome_and_none_is_zero(author: str, name: str) -> None:
+    scorer = started(author, name, retries=0)
+    hows = ["ok", "exit", "nan", "large", "text", "raise", "abstain", "hang", "transient", "ok too"]
+    wanted = ["RewardValue", "crash", *["invalid"] * 3, "raised", "Abstained", "timeout", "transient", "RewardValue"]
+    scored = scorer.score(group(*hows, reward=name))
+    metrics, pids = scorer.metrics(), scorer.pids()
+    scorer.close()
+    assert outcomes(scored) == wanted
+    assert [reward.value for _, reward in scored.valued] == [0.5, 0.5]
+    errors = {key.rpartition("/")[2]: value for key, value in metrics.items() if "/errors/" in key}
+    assert errors == Counter(kind for kind in wanted if kind.islower())
+    assert metrics[f"reward_service/{name}/calls"] == 10
+    assert metrics[f"reward_service/{name}/abstained"] == 1
+    assert metrics["reward_service/queue"] == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("name", ["task", "judge"])
+def test_processes_killed_in_the_middle_of_a_batch_lose_no_sample(author: str, name: str) -> None:
+    scorer = started(author, name, deadline_s=20.0)
+    scorer.score(group("ok", reward=name))
+    results: list[ScoredGroup] = []
+    work = group(*(f"slow {i}" for i in range(8)), reward=name)
+    thread = threading.Thread(target=lambda: results.append(scorer.score(work)))
+    thread.start()
+    time.sleep(0.3)
+    assert scorer.metrics()["reward_service/queue"] == 8
+    for pid in scorer.pids():
+        os.kill(pid, signal.SIGKILL)
+    thread.join(60.0)
+    scorer.close()
+    assert outcomes(results[0]) == ["RewardValue"] * 8
+
+
+def test_a_reward_that_leaks_memory_is_given_a_fresh_process(author: str) -> None:
+    scorer = started(author, "task", limit_mib=400)
+    before = scorer.pids()
+    scored = scorer.score(group(*(f"leak {i}" for i in range(12))))
+    metrics, after = scorer.metrics(), scorer.pids()
+    scorer.close()
+    assert outcomes(scored) == ["RewardValue"] * 12
+    assert metrics["reward_service/task/errors/memory"] >= 1
+    assert metrics["reward_service/task/retries"] == metrics["reward_service/task/errors/memory"]
+    assert before != after
+
+
+@pytest.mark.parametrize("name", ["task", "judge"])
+def test_what_its_author_calls_transient_is_tried_again_after_a_wait(author: str, log: Path, name: str) -> None:
+    scorer = started(author, name, retries=2, params={"log": str(log)})
+    scored = scorer.score(group("transient", "ok", reward=name))
+    scorer.close()
+    assert outcomes(scored) == ["RewardValue"] * 2
+    assert Counter(log.read_text().split()) == {"transient": 3, "ok": 1}
+
+
+def test_waits_double_with_jitter_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "BACKOFF_S", 0.5)
+    waits = [backoff_s(attempts) for attempts in (1, 2, 3, 10)]
+    assert all(low <= wait <= 3 * low for wait, low in zip(waits, (0.25, 0.5, 1.0, 15.0), strict=True))
+    assert len({backoff_s(1) for _ in range(8)}) > 1
+
+
+def test_a_group_reward_of_the_wrong_length_fails_every_sample(author: str) -> None:
+    scorer = started(author, "best")
+    scored = scorer.score(group("a", "short", "c", reward="best"))
+    scorer.close()
+    assert outcomes(scored) == ["invalid"] * 3
+    assert scored.failed[0][1].whole_group
+    assert scored.failed[0][1].message.startswith("group reward 'best' returned 1 values for 3 samples")
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["task", "judge", "best"])
+def test_the_same_sample_is_judged_once_and_errors_are_judged_again(author: str, log: Path, name: str) -> None:
+    scorer = started(author, name, params={"log": str(log)})
+    first = scorer.score(group("a", "a", "abstain", reward=name))
+    again = scorer.score(group("a", "a", "abstain", reward=name))
+    for _ in range(2):
+        assert outcomes(scorer.score(group("raise", reward=name))) == ["raised"]
+    hits = scorer.metrics()[f"reward_service/{name}/cache_hits"]
+    scorer.close()
+    assert first.outcomes == again.outcomes
+    counts = Counter(log.read_text().split())
+    assert counts == {"a": 2 if name == "best" else 1, "abstain": 1, "raise": 2}
+    assert hits == (1 if name == "best" else 3)
+
+
+@pytest.mark.parametrize("off", [{"cache": False}, {"entries": 0}])
+def test_without_a_cache_every_score_judges(author: str, log: Path, off: dict[str, Any]) -> None:
+    scorer = started(author, "task", params={"log": str(log)}, **off)
+    for _ in range(2):
+        scorer.score(group("a"))
+    scorer.close()
+    assert log.read_text().split() == ["a", "a"]
+
+
+def answer(value: float) -> Answer:
+    return Answer((Score(value),), 0.1)
+
+
+def test_the_cache_is_bounded_and_forgets_the_longest_unused() -> None:
+    cache = AnswerCache(2)
+    cache.put(b"a", answer(1.0))
+    cache.put(b"b", answer(2.0))
+    assert cache.get(b"a") == answer(1.0)
+    cache.put(b"c", answer(3.0))
+    assert (cache.get(b"a"), cache.get(b"b"), len(cache)) == (answer(1.0), None, 2)
+
+
+def test_the_cache_keeps_abstentions_and_no_failures() -> None:
+    cache = AnswerCache(10)
+    cache.put(b"a", Answer((Abstain("no"),), 0.1))
+    cache.put(b"b", Answer((Score(1.0), Failure("invalid", "x")), 0.1))
+    assert cache.get(b"a") is not None
+    assert cache.get(b"b") is None
+
+
+def test_the_key_changes_with_all_that_the_verdict_depends_on() -> None:
+    def key(name: str = "r", version: str = "1", params: Any = None, **fields: Any) -> bytes:
+        sample = RewardInput.of(**({"completion": "c", "answer": "a"} | fields))
+        return content_key(Call(name, sample, params or {}, 1.0), version)
+
+    changed = [
+        key("other"), key(version="2"), key(params={"k": 1}), key(completion="d"), key(answer="b"),
+        key(metadata={"k": 1}), key(truncated=True), key(messages=({"role": "user", "content": "?"},)),
+    ]  # fmt: skip
+    assert len({key(), *changed}) == 9
+    assert key() == key(completion="".join(["c"]), answer="".join(["a"]))
+
+
+# --- metrics and health -----------------------------------------------------------------------------------------------
+
+
+def test_latencies_are_those_of_the_calls_and_every_process_is_healthy(author: str) -> None:
+    scorer = started(author, "judge")
+    scorer.score(group("ok", "slow", reward="judge"))
+    metrics, health = scorer.metrics(), scorer.health()
+    scorer.close()
+    assert metrics["reward_service/judge/latency_p50_s"] < 0.4
+    assert metrics["reward_service/judge/latency_p99_s"] > 0.4
+    assert (health.processes, health.answered, health.failed) == (2, 2, 0)
+
+
+def test_values_and_failures_add_up_to_the_samples(author: str) -> None:
+    scorer = started(author, "task")
+    scored = scorer.score(group("ok", "raise", "abstain"))
+    scorer.close()
+    kinds = Counter(type(one) for one in scored.outcomes)
+    assert kinds[RewardValue] + kinds[RewardFailed] == 2
+    assert sum(kinds.values()) == len(scored.group.samples) == 3
