@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards import registry
+from rewards.scorer import Scorer
 from rewards.worker import spawn
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.page import help_for
@@ -128,6 +129,8 @@ def run(raw: Any, console: RunConsole) -> None:
     """Validate, show the plan and, unless it is a dry run, do it."""
     load_modules("rewards.modules", (raw.get("rewards") or {}).get("modules") or ())
     config = validate(raw, reward_names=registry.names())
+    # One scorer up and down again: what only the reward functions know is said before anything is reserved.
+    Scorer(config.rewards.model_copy(update={"processes": 1})).close()
     sources = Sources(config)
     console.plan(plan(config))
     if config.dry_run:
