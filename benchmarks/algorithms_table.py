@@ -59,8 +59,9 @@ OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "gspo": ("++stages.rl.updates_per_step=1",),
     # Samples one version old: on fresh ones its ratio is 1 and its truncation can never act.
     "agapo_offpolicy": ("++rollouts.max_staleness=1",),
-    # Its loss has no bound, so it is the one that can push both completions down: half the rate of the online runs.
-    "dpo": ("++stages.preference.optimizer.learning_rate=1e-4",),
+    # Its loss has no bound and can push both completions down: half the rate of the online runs, and the NLL of the
+    # chosen one. Without that term greedy accuracy rose on seed 1 (.385 to .695) but sampled pass@1 did not (.523, .522).
+    "dpo": ("++stages.preference.optimizer.learning_rate=1e-4", "++algorithm.nll_weight=1.0"),
     # Bounded losses whose gradient vanishes where a completion is improbable; a fifth of the rate of SFT.
     "simper": ("++stages.preference.optimizer.learning_rate=3e-4",),
     "grouper": ("++stages.preference.optimizer.learning_rate=3e-4", "++stages.collect.produce=groups"),
