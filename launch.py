@@ -198,6 +198,7 @@ def start(
         evaluator=HeldOutEvaluator(client, held_out, config),
         data=RunData(config, sources, client, renderer),
         connect=lambda: learners.connect(client.engines),
+        reward_metrics=client.reward_metrics,
         modes=modes,
         turns=EngineTurns(client) if config.cluster.placement == "colocated" else None,
     )

@@ -25,6 +25,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import takewhile
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -39,11 +41,13 @@ BUILTIN_MODULES = (
     "rewards.format",
     "rewards.grounding",
     "rewards.instruction",
+    "rewards.judge",
     "rewards.language",
     "rewards.math",
     "rewards.multiple_choice",
     "rewards.ocr",
     "rewards.overlong",
+    "rewards.reasoning_gym",
     "rewards.repetition",
     "rewards.science",
 )
@@ -119,7 +123,9 @@ class Score:
 class InvalidRewardError(GroupwiseError):
     """A reward function returned something that is not a reward, or a server says that it failed there, and how."""
 
-    def __init__(self, message: str, kind: Literal["invalid", "raised", "transient"] = "invalid", trace: str = "") -> None:
+    def __init__(
+        self, message: str, kind: Literal["invalid", "raised", "transient"] = "invalid", trace: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.trace = trace
@@ -231,10 +237,11 @@ class RewardFunction:
 
     @property
     def version(self) -> str:
-        """Changes with the source file that defines the function."""
+        """Changes with the source that defines the function: its file, or all of its package where it is in one."""
         path = inspect.getsourcefile(inspect.unwrap(self.function))
-        source = Path(path).read_bytes() if path and Path(path).is_file() else self.location.encode()
-        return hashlib.sha256(source).hexdigest()[:16]
+        if not path or not Path(path).is_file():
+            return hashlib.sha256(self.location.encode()).hexdigest()[:16]
+        return _source_digest(Path(path))
 
     def _number(self, value: Any, what: str) -> float:
         if not isinstance(value, Real):
@@ -262,6 +269,16 @@ class RewardFunction:
 
     def _parameters(self) -> list[inspect.Parameter]:
         return list(inspect.signature(self.function).parameters.values())[1:]
+
+
+@cache
+def _source_digest(file: Path) -> str:
+    """Of `file`, or of every module below the outermost folder round it that is a package."""
+    packages = list(takewhile(lambda folder: (folder / "__init__.py").is_file(), file.parents))
+    digest = hashlib.sha256()
+    for source in sorted(packages[-1].rglob("*.py")) if packages else [file]:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------

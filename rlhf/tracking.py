@@ -34,6 +34,8 @@ SAMPLE_COLUMNS = (
     "correct",
     "group_id",
     "sample_id",
+    "answer",
+    "metadata",
     "ledger_state",
     "note",
 )
@@ -115,6 +117,8 @@ def sample_rows(
             "finish_reason": sample.finish_reason,
             "group_id": scored.group.group_id,
             "sample_id": sample.sample_id,
+            "answer": scored.group.prompt.answer,
+            "metadata": dict(scored.group.prompt.metadata),
             "ledger_state": ledger_state,
             **_outcome_columns(outcome, correct_at),
         }

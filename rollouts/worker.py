@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,17 @@ class RolloutClient:
         what = f"sampling {requests[0].group_id} and on" if requests else "sampling"
         return [self._failures.recorded(group) for group in gather(references, what, deadline_s)]
 
+    def reward_metrics(self, deadline_s: float = 5.0) -> dict[str, float]:
+        """`reward_service/...` of all reward workers as `merged` says, with those that answer within `deadline_s`."""
+        asked = [call.remote() for grader in self._graders for call in (grader.metrics, grader.health)]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=deadline_s) if asked else ([], [])
+        done = set(answered)
+        metrics, health = (
+            [result(reference, "metrics of a reward worker") for reference in part if reference in done]
+            for part in (asked[::2], asked[1::2])
+        )
+        return merged(metrics, health, silent=len(self._graders) - min(len(metrics), len(health)))
+
     def pause(self) -> None:
         clear = self._config.weight_sync.clear_kv_cache
         self._each("pause", lambda engine: engine.pause.remote(clear))
@@ -151,6 +163,21 @@ class RolloutClient:
 
     def _each(self, what: str, call: Callable[[ActorHandle], Any]) -> list[Any]:
         return gather([call(e) for e in self.engines], f"engines: {what}", self._config.weight_sync.deadline_s)
+
+
+def merged(metrics: Sequence[Mapping[str, float]], health: Sequence[Any], silent: int) -> dict[str, float]:
+    """Counts and queues of all workers summed; of latencies the worst worker's, as no percentile can be merged.
+
+    `processes`, `processes_busy` and `processes_failed` are of the workers that answered, all but `silent_workers`.
+    """
+    merged: dict[str, float] = {}
+    for key, value in (item for of in metrics for item in of.items()):
+        joined = max if "/latency_" in key else operator.add
+        merged[key] = joined(merged[key], value) if key in merged else value
+    merged["reward_service/processes"] = sum(one.processes for one in health)
+    merged["reward_service/processes_busy"] = sum(one.busy for one in health)
+    merged["reward_service/processes_failed"] = sum(one.failed for one in health)
+    return merged | {"reward_service/silent_workers": silent}
 
 
 class GroupDispatcher:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,8 @@ class StageData:
 class Parts:
     """Everything a pipeline drives.
 
-    `connect()` opens the weight transport once a model is loaded. `modes` are the reasoning modes to evaluate, the one
-    that RL trains first.
+    `connect()` opens the weight transport once a model is loaded. `reward_metrics()` are those of the reward service,
+    all under `reward_service/`. `modes` are the reasoning modes to evaluate, the one that RL trains first.
     """
 
     learners: LearnerGroup
@@ -72,6 +72,7 @@ class Parts:
     evaluator: Evaluator
     data: StageData
     connect: Callable[[], None]
+    reward_metrics: Callable[[], Mapping[str, float]]
     modes: tuple[bool, ...]
     turns: GpuTurns | None
 

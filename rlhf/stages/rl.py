@@ -39,7 +39,7 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
     with context.console.stage(name, stage.steps) as progress:
 
         def observe(record: StepRecord) -> None:
-            metrics = step_metrics(record, ledger, controller.phase)
+            metrics = {**step_metrics(record, ledger, controller.phase), **context.parts.reward_metrics()}
             totals.add(record, metrics)
             context.tracker.log(metrics, stage=name, step=record.step)
             progress.advance(record.step + 1, metrics, controller.phase.step)

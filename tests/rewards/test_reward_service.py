@@ -59,8 +59,8 @@ def task(sample, log: str = "/dev/null"):
     if sample.final.startswith("slow"): time.sleep(0.2)
     return behave(sample, log)
 
-@reward("judge")
-async def judge(sample, log: str = "/dev/null"):
+@reward("waiter")
+async def waiter(sample, log: str = "/dev/null"):
     if sample.final.startswith("hang"): await asyncio.sleep(600)
     if sample.final.startswith("slow"): await asyncio.sleep(0.5)
     return behave(sample, log)
@@ -109,7 +109,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorer_module, "BACKOFF_S", 0.02)
 
 
-@pytest.mark.parametrize("name", ["task", "judge"])
+@pytest.mark.parametrize("name", ["task", "waiter"])
 def test_whatever_a_reward_does_every_sample_has_its_own_outcome_and_none_is_zero(author: str, name: str) -> None:
     scorer = started(author, name, retries=0)
     hows = ["ok", "exit", "nan", "large", "text", "raise", "abstain", "hang", "transient", "ok too"]
@@ -127,7 +127,7 @@ def test_whatever_a_reward_does_every_sample_has_its_own_outcome_and_none_is_zer
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-@pytest.mark.parametrize("name", ["task", "judge"])
+@pytest.mark.parametrize("name", ["task", "waiter"])
 def test_processes_killed_in_the_middle_of_a_batch_lose_no_sample(author: str, name: str) -> None:
     scorer = started(author, name, deadline_s=20.0)
     scorer.score(group("ok", reward=name))
@@ -156,7 +156,7 @@ def test_a_reward_that_leaks_memory_is_given_a_fresh_process(author: str) -> Non
     assert before != after
 
 
-@pytest.mark.parametrize("name", ["task", "judge"])
+@pytest.mark.parametrize("name", ["task", "waiter"])
 def test_what_its_author_calls_transient_is_tried_again_after_a_wait(author: str, log: Path, name: str) -> None:
     scorer = started(author, name, retries=2, params={"log": str(log)})
     scored = scorer.score(group("transient", "ok", reward=name))
@@ -184,7 +184,7 @@ def test_a_group_reward_of_the_wrong_length_fails_every_sample(author: str) -> N
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["task", "judge", "best"])
+@pytest.mark.parametrize("name", ["task", "waiter", "best"])
 def test_the_same_sample_is_judged_once_and_errors_are_judged_again(author: str, log: Path, name: str) -> None:
     scorer = started(author, name, params={"log": str(log)})
     first = scorer.score(group("a", "a", "abstain", reward=name))
@@ -246,12 +246,12 @@ def test_the_key_changes_with_all_that_the_verdict_depends_on() -> None:
 
 
 def test_latencies_are_those_of_the_calls_and_every_process_is_healthy(author: str) -> None:
-    scorer = started(author, "judge")
-    scorer.score(group("ok", "slow", reward="judge"))
+    scorer = started(author, "waiter")
+    scorer.score(group("ok", "slow", reward="waiter"))
     metrics, health = scorer.metrics(), scorer.health()
     scorer.close()
-    assert metrics["reward_service/judge/latency_p50_s"] < 0.4
-    assert metrics["reward_service/judge/latency_p99_s"] > 0.4
+    assert metrics["reward_service/waiter/latency_p50_s"] < 0.4
+    assert metrics["reward_service/waiter/latency_p99_s"] > 0.4
     assert (health.processes, health.answered, health.failed) == (2, 2, 0)
 
 

@@ -356,8 +356,11 @@ def test_wrong_preference_data_is_told_once_and_without_the_names_of_types(data:
             {"kind": "jsonl", "path": "x", "columns": {"anwser": "a"}},
             ".columns.anwser = 'a': is not a key of stages.rl.",
         ),
-        ({"kind": "json", "path": "x"}, ".kind = json: must be one of huggingface, jsonl, parquet, procedural."),
-        ({"path": "x"}, ".kind = (missing): must be one of huggingface, jsonl, parquet, procedural."),
+        (
+            {"kind": "json", "path": "x"},
+            ".kind = json: must be one of huggingface, jsonl, parquet, procedural, reasoning_gym.",
+        ),
+        ({"path": "x"}, ".kind = (missing): must be one of huggingface, jsonl, parquet, procedural, reasoning_gym."),
     ],
 )
 def test_wrong_data_of_a_stage_is_told_by_its_key(data: object, wanted: str) -> None:
