@@ -26,7 +26,7 @@ PROJECT  := $(VENV)/.project-$(call hash,$(LOCK) pyproject.toml requirements/ver
 SMOLLM2  := $(VENV)/.smollm2-$(call hash,$(LOCK) requirements/smollm2.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format docs algorithms-table smollm2 lock clean
+.PHONY: help env demo test test-slow check format docs algorithms-table attacks bench-rewards smollm2 lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 26
@@ -71,6 +71,14 @@ else
 	  echo "  stop     kill $$!    (the run in progress is lost, finished ones are kept)"; \
 	  echo "  table    make algorithms-table FOREGROUND=1 ARGS=--render"
 endif
+
+attacks: $(PROJECT)  ## attack the rewards: every program on every sandbox tier, and texts (ARGS="--tier strong")
+	$(BIN)/python -m benchmarks.attacks $(ARGS)
+
+# The first needs bubblewrap, and both a machine that does little else. ARGS="--data FOLDER" adds GSM8K to the accuracy.
+bench-rewards: $(PROJECT)  ## measure what the rewards cost and how often `math` errs
+	$(BIN)/python -m benchmarks.rewards_throughput
+	$(BIN)/python -m benchmarks.math_accuracy $(ARGS)
 
 clean:  ## remove the environments and the tools' caches; runs/ stays
 	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build dist

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rewards import foreign, registry
-from rewards.registry import Abstain, InvalidRewardError, RewardFunction, Score
+from rewards.registry import Abstain, InvalidRewardError, RewardFunction, Score, printable
 from rlhf.errors import ConfigError
 from rlhf.plugins import load_modules
 
@@ -179,7 +179,7 @@ def _verdicts(verdicts: list[Score | Abstain | InvalidRewardError]) -> dict[str,
 def _verdict(verdict: Score | Abstain | InvalidRewardError) -> dict[str, Any]:
     if isinstance(verdict, InvalidRewardError):
         return _invalid(verdict)
-    reason = verdict.reason[:MAX_REASON_CHARS]
+    reason = printable(verdict.reason, MAX_REASON_CHARS)
     if isinstance(verdict, Abstain):
         return {"kind": "abstain", "reason": reason}
     return {"kind": "score", "value": verdict.value, "reason": reason, "parts": dict(verdict.parts)}
@@ -191,7 +191,7 @@ def _failure(function: RewardFunction | None, error: BaseException) -> dict[str,
     kind = "memory" if isinstance(error, MemoryError) else "raised"
     if function is not None and function.is_transient(error):
         kind = "transient"
-    message = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+    message = printable(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
     return {"kind": kind, "message": message, "traceback": _traceback(error)}
 
 

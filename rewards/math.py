@@ -13,7 +13,15 @@ import re
 from typing import Any, Literal
 
 from rewards.answers import after_phrase, last_boxed, last_number
-from rewards.literals import TEXT_COMMAND, parse_literal, same_number
+from rewards.literals import (
+    TEXT_COMMAND,
+    conclude,
+    known_units,
+    other_units,
+    parse_literal,
+    same_number,
+    spelt_out,
+)
 from rewards.registry import RewardInput, Score, reward
 from rlhf.errors import DataError
 
@@ -76,7 +84,7 @@ def judge(gold: str, candidate: str, question: str = "") -> tuple[bool, str]:
     number = parse_literal(gold)
     if number is None:
         return _judge_expression(gold, candidate)
-    given = parse_literal(candidate)
+    given = parse_literal(candidate) or conclude(candidate)
     if given is None:
         return False, "not a number"
     return same_number(number, given, bool(PERCENT_WORDS.search(question))), "number"
@@ -86,15 +94,28 @@ def _judge_expression(gold: str, candidate: str) -> tuple[bool, str]:
     gold, candidate = _as_latex(gold), _as_latex(candidate)
     if normalise(gold) == normalise(candidate):
         return True, "same text"
+    if ("=" in gold) != ("=" in candidate):
+        gold, candidate = _LABEL.sub("", gold), _LABEL.sub("", candidate)
     if len(candidate) > MAX_ANSWER_CHARS:
         return False, "too long"
     if _is_text(gold):
         return False, "other words"
-    if _delimiters(gold) and _delimiters(candidate) and _delimiters(gold) != _delimiters(candidate):
-        return False, "other brackets"
-    if set(UNEVALUATED.findall(candidate)) - set(UNEVALUATED.findall(gold)):
-        return False, "not worked out"
+    if (digits := _numeral(gold)) and (given := _numeral(candidate)):
+        return digits == given, "digits"
+    if objection := _objection(gold, candidate):
+        return False, objection
     return _symbolically_equal(gold, candidate), "math-verify"
+
+
+def _objection(gold: str, candidate: str) -> str:
+    """Why they differ though math-verify may take them for the same; "" where nothing of that kind is seen."""
+    if _delimiters(gold) and _delimiters(candidate) and _delimiters(gold) != _delimiters(candidate):
+        return "other brackets"
+    if set(UNEVALUATED.findall(candidate)) - set(UNEVALUATED.findall(gold)):
+        return "not worked out"
+    if other_units(_units(gold), _units(candidate)):
+        return "other units"
+    return ""
 
 
 # --- equality of text -------------------------------------------------------------------------------------------------
@@ -115,28 +136,42 @@ _RENAMED = (
     (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
     (re.compile(r"(?<![\w}.])(\d+)/(\d+)(?![\w{.])"), r"\\frac{\1}{\2}"),
     (re.compile(r"(?<!\d)\.(\d)"), r"0.\1"),
+    (re.compile(r"\\[lcd]dots|\\dots|\.\.\."), r"\\ldots"),
+    (re.compile(r"_\{(\w)\}"), r"_\1"),
+    (re.compile(r"(^|[(\[,])\s*\+"), r"\1"),
 )
 _SIGNS = str.maketrans(
     {"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq "}
     | {"≠": r"\neq ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "±": r"\pm ", "²": "^{2}", "³": "^{3}"}
 )
-_LABEL = re.compile(r"^[A-Za-z](?:\([a-z]\))?\s*(?:=|\\in(?![a-z]))\s*(?!=)")
+_SET_BUILDER = re.compile(
+    r"(?:\\left)?\\\{\s*[a-z]\s*(?:\\mid|\\vert|\||:)\s*((?:(?!\\in(?![a-z])).)*(?:[<>]|\\[lg]eq?|\\neq?)(?:(?!\\in(?![a-z])).)*?)"
+    r"(?:\\right)?\\\}"
+)
+_ASSIGNED = re.compile(r"([A-Za-z])\s*=\s*([^=]+)")
+_SEPARATOR = re.compile(r",|\\text\s*\{\s*(?:,\s*)?and\s*\}|\band\b")
+_NUMERAL = re.compile(r"\d[\dA-F]*_\w+|\d[\d.]*(?::\d[\d.]*)+")
+_NAMED = r"[A-Za-z](?:'|\^\{-1\})*(?:\([a-z]\))?|\\frac\s*\{d[a-z]\}\s*\{d[a-z]\}"
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "sixteen": 16}
+_LABEL = re.compile(rf"^\s*(?:{_NAMED})\s*(?:=|\\in(?![a-z]))\s*(?!=)")
 _CHOICE = re.compile(r"\(([A-Z])\)")
+_ARTICLE = re.compile(r"(?:an?|the)\s+(?=\w{2})", re.IGNORECASE)
+_SYNONYMS = dict.fromkeys(("nosolution", "nosolutions", "emptyset"), r"\emptyset") | {"dne": "doesnotexist"}
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[ -][^\W\d_]+)*")
 
 
 def normalise(text: str) -> str:
     """`text` with spellings that mean the same made the same: spacing, \\text, fractions, relations, `x =`."""
-    text = text.replace("−", "-").strip().rstrip(".").strip()
-    text = _REMOVED.sub("", text)
-    text = TEXT_COMMAND.sub(r"\1", text)
+    text = _REMOVED.sub("", text.replace("−", "-"))
+    text = TEXT_COMMAND.sub(r"\1", text).strip().rstrip(".").strip()
     for pattern, replacement in _RENAMED:
         text = pattern.sub(replacement, text)
     text = _LABEL.sub("", text.strip())
-    if _WORDS.fullmatch(text):
-        text = text.casefold()
+    if _WORDS.fullmatch(_ARTICLE.sub("", text, count=1)):
+        text = _ARTICLE.sub("", text, count=1).casefold()
     choice = _CHOICE.fullmatch(text)
-    return choice.group(1) if choice else re.sub(r"\s+", "", text)
+    text = choice.group(1) if choice else re.sub(r"\s+", "", text)
+    return _SYNONYMS.get(text, text)
 
 
 def _delimiters(text: str) -> str:
@@ -160,7 +195,30 @@ def _is_text(gold: str) -> bool:
 def _as_latex(text: str) -> str:
     """`text` with mathematical characters as the LaTeX commands they stand for."""
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda root: rf"\sqrt{{{root.group(1) or root.group(2)}}}", text)
-    return text.translate(_SIGNS)
+    text = text.translate(_SIGNS)
+    text = re.sub(r"\\langle(?![A-Za-z])", "(", re.sub(r"\\rangle(?![A-Za-z])", ")", text))
+    builder = _SET_BUILDER.fullmatch(text.strip())
+    return _assigned(builder.group(1) if builder else text)
+
+
+def _assigned(text: str) -> str:
+    """`y=4, x=1` as the tuple (1,4), in the order of the names; any other text as it is."""
+    parts = [_ASSIGNED.fullmatch(part.strip()) for part in _SEPARATOR.split(_REMOVED.sub("", text))]
+    values = {part.group(1): part.group(2) for part in parts if part}
+    return f"({','.join(values[name] for name in sorted(values))})" if len(values) == len(parts) > 1 else text
+
+
+def _numeral(text: str) -> str:
+    """Digits to a base (43_5) or in a ratio (1:2:3): math-verify drops subscripts and misreads ratios. "" else."""
+    bare = re.sub(r"[{}()]", "", normalise(text))
+    digits, _, base = bare.partition("_")
+    bare = f"{digits}_{_BASES.get(base, base)}" if base else bare
+    return bare if _NUMERAL.fullmatch(bare) else ""
+
+
+def _units(text: str) -> frozenset[str]:
+    """The known units that stand in \\text{...}."""
+    return known_units(spelt_out(match.group(1)) for match in TEXT_COMMAND.finditer(text))
 
 
 def _comma_depths(text: str) -> set[int]:
@@ -197,6 +255,9 @@ def _question(sample: RewardInput) -> str:
 
 # --- symbolic equality ------------------------------------------------------------------------------------------------
 
+_NO_VARIABLE = r"\\(?:math\w+|text\w*|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+"
+_VARIABLE = re.compile(rf"{_NO_VARIABLE}|([A-Za-z])(?:_\{{(\w+)\}}|_(\w))?")
+
 
 def _symbolically_equal(gold: str, candidate: str) -> bool:
     """math-verify's verdict, and for numbers also a relative gap below 1e-6: its own tolerance is absolute.
@@ -205,10 +266,11 @@ def _symbolically_equal(gold: str, candidate: str) -> bool:
     """
     from math_verify import verify
 
-    golds, candidates = _parse(gold), _parse(candidate)
+    clashing = _letters_in_both_cases(gold + " " + candidate)
+    golds, candidates = _parse(_capitals_marked(gold, clashing)), _parse(_capitals_marked(candidate, clashing))
     if not golds:
         raise DataError(f"answer = {gold!r}: must be an expression or a text. math-verify finds nothing in it.")
-    if not verify(golds, candidates, timeout_seconds=None):
+    if not verify(golds, candidates, timeout_seconds=None, allow_set_relation_comp=True):
         return False
     return _relatively_close(golds[0], candidates[0])
 
@@ -219,6 +281,22 @@ def _parse(text: str) -> list[Any]:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off; ours is outside
     return list(parse(rf"\boxed{{{text}}}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None))
+
+
+def _letters_in_both_cases(text: str) -> frozenset[str]:
+    """The capital letters of variables that also occur as small ones."""
+    letters = {match.group(1) for match in _VARIABLE.finditer(text) if match.group(1)}
+    return frozenset(letter for letter in letters if letter.isupper() and letter.lower() in letters)
+
+
+def _capitals_marked(text: str, letters: frozenset[str]) -> str:
+    """`text` with a subscript at those capitals: math-verify would take R and r for the same."""
+
+    def marked(match: re.Match[str]) -> str:
+        letter, subscript = match.group(1), match.group(2) or match.group(3) or ""
+        return f"{letter}_{{{subscript}99}}" if letter in letters else match.group()
+
+    return _VARIABLE.sub(marked, text)
 
 
 def _relatively_close(gold: Any, candidate: Any) -> bool:

@@ -135,6 +135,15 @@ class TransientRewardError(GroupwiseError):
     """For authors to raise where another attempt may succeed: a rate limit, a dropped connection."""
 
 
+def printable(text: object, length: int) -> str:
+    """The first `length` characters of what a model said, fit for logs, terminals and tables.
+
+    No control or direction character and nothing that UTF-8 lacks; line breaks stay.
+    """
+    shown = str(text)[:length]
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in shown)
+
+
 def split_thinking(completion: str, reasoning_mode: bool) -> tuple[str, str]:
     """(reasoning, final) as `RewardInput` defines them, both stripped of surrounding white space."""
     reasoning, closed, final = completion.rpartition(THINK_CLOSE)

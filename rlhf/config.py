@@ -73,7 +73,20 @@ class ProceduralSource(Section):
     split: Literal["train", "held_out"] = "train"
     trace_fraction: Fraction = 0.4  # share of demonstrations with worked reasoning; the others answer at once
     hasty_fraction: Fraction = 0.0  # share of the others that forget to carry: data of mixed quality, as found
+    reward: str | None = None  # judges the answers in place of the families' own rewards
     seed: int = 0
+
+
+class ReasoningGymSource(Section):
+    """Problems of one reasoning-gym data set; a hash of the question decides its split, so splits cannot overlap."""
+
+    kind: Literal["reasoning_gym"]
+    dataset: str  # as reasoning_gym.create_dataset names it
+    params: dict[str, Any] = Field(default_factory=dict)  # of the data set, besides its seed and size
+    split: Literal["train", "held_out"] = "train"
+    size: Positive = 2000  # different problems of the split
+    reward: str = "reasoning_gym"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class Columns(Section):
@@ -119,7 +132,8 @@ class HuggingFaceSource(RecordSource):
 
 
 SourceConfig = Annotated[
-    ProceduralSource | JsonlSource | ParquetSource | HuggingFaceSource, Field(discriminator="kind")
+    ProceduralSource | ReasoningGymSource | JsonlSource | ParquetSource | HuggingFaceSource,
+    Field(discriminator="kind"),
 ]
 
 

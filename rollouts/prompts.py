@@ -9,14 +9,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from rlhf.config import ProceduralSource, SourceConfig
+from rlhf.config import ProceduralSource, ReasoningGymSource, SourceConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.samples import Demonstration, Prompt
+from rollouts.reasoning_gym_source import ReasoningGymPrompts
 from rollouts.records import Record, load_records
 from rollouts.rows import FileSource
 from rollouts.tasks import Problem, TaskFamily, digest, get_family
-
-PROCEDURAL_REWARD = "math"
 
 
 class PromptSource(Protocol):
@@ -42,7 +41,11 @@ class PromptSource(Protocol):
 
 def open_source(config: SourceConfig) -> PromptSource:
     """The source, with every record read and checked. Raises ConfigError or DataError."""
-    return ProceduralPrompts(config) if isinstance(config, ProceduralSource) else RecordPrompts(config)
+    if isinstance(config, ProceduralSource):
+        return ProceduralPrompts(config)
+    if isinstance(config, ReasoningGymSource):
+        return ReasoningGymPrompts(config)
+    return RecordPrompts(config)
 
 
 def evaluation_prompts(source: PromptSource, count: int) -> list[Prompt]:
@@ -72,7 +75,7 @@ class ProceduralPrompts:
     def demonstration(self, index: int) -> Demonstration:
         """A share `trace_fraction` of the indices has the worked trace and the right answer.
 
-        The others have no reasoning, and a share `hasty_fraction` of them the answer of somebody who forgets to carry.
+        The others have no reasoning, and a share `hasty_fraction` of them the answer of somebody in a hurry.
         """
         family, problem = self._draw(index)
         prompt = self._prompt(family, problem)
@@ -105,8 +108,8 @@ class ProceduralPrompts:
             prompt_id=f"{family.name}:{problem.question.removesuffix('=?')}",
             messages=({"role": "user", "content": problem.question},),
             answer=problem.answer,
-            reward=PROCEDURAL_REWARD,
-            metadata={"family": family.name, "difficulty": self._config.difficulty},
+            reward=self._config.reward or family.reward,
+            metadata={"family": family.name, "difficulty": self._config.difficulty, **problem.metadata},
         )
 
 

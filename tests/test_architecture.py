@@ -19,7 +19,7 @@ PACKAGES = ("rlhf", "rewards", "rollouts", "benchmarks")
 FILES = ["launch.py", *sorted(str(path.relative_to(ROOT)) for p in PACKAGES for path in (ROOT / p).rglob("*.py"))]
 
 ONLY_IN = {
-    "ray": ("*/worker.py", "rlhf/cluster.py", "launch.py"),
+    "ray": ("*/worker.py", "rlhf/cluster.py", "launch.py", "benchmarks/*.py"),
     "deepspeed": ("rlhf/training/deepspeed_engine.py",),
     "vllm": ("rollouts/vllm_engine.py", "rollouts/weight_receiver.py", "rlhf/weight_sync/transports.py"),
     "wandb": ("rlhf/tracking.py",),

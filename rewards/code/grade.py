@@ -21,6 +21,7 @@ from rewards.code.launch import Limits, Tier
 from rewards.code.sandbox import Breach, Sandbox
 from rewards.code.suites import CallTest, CodeTest, ProgramTest, RefereeTest
 from rewards.code.tiers import self_test
+from rewards.registry import printable
 from rlhf.errors import ConfigError, DataError
 
 OutcomeKind = Literal["passed", "wrong", "raised", "timeout", "memory", "ended", "protocol", "output", "not run"]
@@ -197,7 +198,7 @@ class _Grader:
         """The answer, checked: {"ok": wire} or {"raised": text, "message": text}. Raises Breach."""
         answer = sandbox.ask(question, self._soon())
         if "raised" in answer:
-            return {"raised": str(answer["raised"])[:100], "message": str(answer.get("message", ""))[:300]}
+            return {"raised": printable(answer["raised"], 100), "message": printable(answer.get("message", ""), 300)}
         try:
             return {"ok": check(answer["ok"])}
         except (KeyError, WireError) as error:
@@ -227,7 +228,7 @@ def _verdict(test: RefereeTest, message: dict[str, Any]) -> Outcome:
         shown = repr(test.source[:120])
         reason = message["message"] or "It ends without a call"
         raise DataError(f"metadata.tests assert = {shown}: must run and call the solution. {reason}. Correct the test.")
-    return Outcome("passed") if message["verdict"] == "passed" else Outcome("wrong", message["message"])
+    return Outcome("passed") if message["verdict"] == "passed" else Outcome("wrong", printable(message["message"], 300))
 
 
 def _lines(text: str) -> list[str]:

@@ -93,7 +93,7 @@ def _plan(tier: Tier, limits: Limits, mode: Mode, uid: int | None, command: Sequ
         "parent": os.getpid(),
         "command": list(command),
         "rlimits": _rlimits(tier, limits, uid),
-        "seccomp": seccomp.program().hex() if tier in (Tier.USERNS, Tier.LANDLOCK) else "",
+        "seccomp": seccomp.program(tier is Tier.LANDLOCK).hex() if tier in (Tier.USERNS, Tier.LANDLOCK) else "",
         "readable": readable,
         "links": links,
         "devices": DEVICES,

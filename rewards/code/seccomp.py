@@ -40,9 +40,25 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171), "iopl": (172, None),
     "ioperm": (173, None), "sethostname": (170, 161), "setdomainname": (171, 162), "vhangup": (153, 58),
     "mknod": (133, None), "mknodat": (259, 33),
+    # what is written beside a file's content: Landlock does not see it, and it may be on any file that all may write
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
     # the network, and memory that no process is seen to hold
     "socket": (41, 198), "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+}  # fmt: skip
+# Modes, owners and times of files, which Landlock does not see either; a file system of its own needs none refused.
+_REFUSED_ON_SHARED_FILES: dict[str, tuple[int | None, int | None]] = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88),
+}  # fmt: skip
+# (number on x86_64, on aarch64, argument): allowed where that argument is 0, the caller itself, and no other process.
+_ON_ITSELF = {
+    "prlimit64": (302, 261, 0), "setpriority": (141, 140, 1), "ioprio_set": (251, 30, 1),
+    "sched_setparam": (142, 118, 0), "sched_setscheduler": (144, 119, 0), "sched_setaffinity": (203, 122, 0),
+    "sched_setattr": (314, 274, 0),
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -54,10 +70,14 @@ def supported() -> bool:
 
 
 @cache
-def program() -> bytes:
-    """The filter for this machine: an array of `struct sock_filter`, as seccomp(2) and `bwrap --seccomp` take it."""
+def program(shared_files: bool = False) -> bytes:
+    """The filter for this machine: an array of `struct sock_filter`, as seccomp(2) and `bwrap --seccomp` take it.
+
+    `shared_files`: the sandbox sees the machine's own files, so their modes, owners and times may not be changed.
+    """
     column, architecture = _ARCHITECTURES[os.uname().machine]
-    refused = sorted(number for row in _REFUSED.values() if (number := row[column]) is not None)
+    table = _REFUSED | (_REFUSED_ON_SHARED_FILES if shared_files else {})
+    refused = sorted(number for row in table.values() if (number := row[column]) is not None)
     code = [
         _step(_LOAD, _ARCH_OFFSET),
         _step(_JUMP_EQUAL, architecture, yes=1),
@@ -68,6 +88,14 @@ def program() -> bytes:
     ]
     for number in refused:
         code += [_step(_JUMP_EQUAL, number, no=1), _step(_RETURN, _ERRNO | errno.EPERM)]
+    for row in _ON_ITSELF.values():
+        code += [
+            _step(_JUMP_EQUAL, row[column], no=4),
+            _step(_LOAD, _FIRST_ARGUMENT_OFFSET + 8 * row[2]),
+            _step(_JUMP_EQUAL, 0, no=1),
+            _step(_RETURN, _ALLOW),
+            _step(_RETURN, _ERRNO | errno.EPERM),
+        ]
     code += [_step(_JUMP_EQUAL, _CLONE3[column], no=1), _step(_RETURN, _ERRNO | errno.ENOSYS)]
     code += [
         _step(_JUMP_EQUAL, _CLONE[column], no=3),

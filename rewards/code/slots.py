@@ -44,6 +44,19 @@ def uid_of(number: int) -> int | None:
     return FIRST_UID + number if os.geteuid() == 0 else None
 
 
+def in_use(number: int) -> bool:
+    """Whether a sandbox runs in the slot now."""
+    path = _folder() / str(number)
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _folder() -> Path:
     base = Path("/run") if os.access("/run", os.W_OK) else Path(tempfile.gettempdir())
     folder = base / f"groupwise-sandbox-{os.geteuid()}"

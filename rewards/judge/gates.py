@@ -24,6 +24,7 @@ MASTER_KEYS = (
 
 MAX_ANSWER_CHARS = 2000  # longer is no final answer, but a text that may hold every answer
 
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _TEMPLATE_TOKEN = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|\[\|[a-z]{1,20}\|\]|<｜[^｜<>]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|</?think>"
     r"|<(?:start|end)_of_turn>|\[(?:BOS|EOS|PAD)\]|<(?:bos|eos|pad)>|<\|?im_(?:start|end)\|?>"
@@ -62,12 +63,15 @@ def is_master_key(candidate: str, reference: str = "", more: Iterable[str] = ())
     bare = plain(candidate)
     if candidate.strip() == reference.strip() or bare == plain(reference) != "":
         return False
-    return bare in _PLAIN_KEYS or bare in map(plain, more)
+    keys = sorted(_PLAIN_KEYS | set(map(plain, more)), key=len, reverse=True)
+    only_keys = re.compile(r"(?<!\S)(?:" + "|".join(re.escape(key) for key in keys if key) + r")(?!\S)")
+    return not only_keys.sub("", bare).strip()
 
 
 def plain(text: str) -> str:
     """Letters, digits and symbols in lower case with single spaces: what is left without marks and invisible signs."""
-    folded = unicodedata.normalize("NFKC", text).casefold().replace("’", "").replace("'", "")
+    bare = _LATEX_TEXT.sub(r"\1", text)
+    folded = unicodedata.normalize("NFKC", bare).casefold().replace("’", "").replace("'", "")
     seen = "".join(c for c in folded if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join("".join(" " if unicodedata.category(c)[0] in "PZ" else c for c in seen).split())
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from rewards.literals import parse_literal, same_number
+from rewards.literals import conclude, parse_literal, same_number
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,14 @@ from rewards.literals import parse_literal, same_number
         ("x = 18", 18),
         ("**18**", 18),
         ("$18$", 18),
+        ("f(3) = 18", 18),
+        (r"\angle ABC = 60^\circ", 60),
+        (r"AB \approx 7", 7),
+        (r"0.\overline{3}", Fraction(1, 3)),
+        (r"-0.1\overline{6}", Fraction(-1, 6)),
+        ("10^{-7}", Fraction(1, 10**7)),
+        ("2000_{10}", 2000),
+        (r"5\text{ m/s}", 5),
     ],
 )
 def test_a_plain_number_is_read_exactly(text: str, value: int | Fraction) -> None:
@@ -84,6 +92,11 @@ def test_a_plain_number_is_read_exactly(text: str, value: int | Fraction) -> Non
         ),
         *(
             "5 minus one",
+            r"18 \text{ is wrong}",
+            r"3\mathrm{i}",
+            "2000_3",
+            "x^2 = 5",
+            "10^{10^{10}}",
             "1e99999",
             "9" * 500,
             "18 a very long unit of many words",
@@ -115,6 +128,17 @@ def test_anything_else_is_no_literal(text: str) -> None:
         ("10%", "0.1", True),
         ("10%", "11", False),
         ("5", "-5", False),
+        (r"12\text{ cm}", "12", True),
+        ("12", r"12\text{ cm}", True),
+        (r"12\text{ cm}", "12 centimeters", True),
+        (r"12\text{ cm}", r"12\text{ m}", False),
+        ("12 square inches", r"12\text{ in}^2", True),
+        ("60 mph", "60 miles per hour", True),
+        ("60 mph", "60 km per hour", False),
+        (r"\$50", "50 cents", False),
+        (r"90^\circ", "90 degrees", True),
+        (r"90^\circ", "90 radians", False),
+        ("12 apples", "12 pears", True),  # only units of measure are known
     ],
 )
 def test_numbers_compare_exactly_or_to_a_relative_tolerance(gold: str, given: str, same: bool) -> None:
@@ -122,6 +146,24 @@ def test_numbers_compare_exactly_or_to_a_relative_tolerance(gold: str, given: st
     assert gold_literal is not None
     assert given_literal is not None
     assert same_number(gold_literal, given_literal) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        ("3 + 4 = 7", 7),
+        (r"P = \frac{3}{12} = \frac{1}{4}", Fraction(1, 4)),
+        ("6 = 7", None),
+        ("x^2 = 7", None),
+        ("x + 1 = 7", None),
+        (r"7 = 3 \times 4", None),
+        ("= ", None),
+    ],
+)
+def test_an_equation_of_numbers_concludes_its_last_side(text: str, value: int | Fraction | None) -> None:
+    literal = conclude(text)
+    assert (literal and literal.value) == value
 
 
 def test_a_percent_sign_may_be_added_when_the_question_speaks_of_percent() -> None:

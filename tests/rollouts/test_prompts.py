@@ -233,3 +233,27 @@ def test_the_fingerprint_of_selected_prompts_depends_on_the_source_and_the_indic
 def test_a_selection_of_nothing_is_refused(records):
     with pytest.raises(DataError, match=r"prompts = 0: a selection must keep at least one prompt\. .*drop_at_least"):
         SelectedPrompts(open_source(records(5)), [])
+
+
+def test_a_family_brings_its_reward_and_what_the_reward_reads():
+    prompt = open_source(procedural(families=("program", "constrained"))).prompt(0)
+    assert prompt.reward == "code"
+    assert prompt.metadata["family"] == "program"
+    assert prompt.metadata["tests"][0].keys() == {"call", "args", "expected"}
+    prompt = open_source(procedural(families=("constrained",))).prompt(0)
+    assert prompt.reward == "instruction_following"
+    assert len(prompt.metadata["instruction_id_list"]) == len(prompt.metadata["kwargs"]) == 3
+
+
+def test_a_source_may_name_another_reward_for_all_its_families():
+    own, judged = open_source(procedural()), open_source(procedural(reward="judge"))
+    assert {judged.prompt(index).reward for index in range(6)} == {"judge"}
+    assert judged.prompt(0).messages == own.prompt(0).messages
+    assert judged.fingerprint != own.fingerprint
+
+
+def test_hasty_programs_leave_the_last_term_out():
+    source = open_source(procedural(families=("program",), trace_fraction=0.0, hasty_fraction=1.0))
+    demonstration = source.demonstration(3)
+    assert demonstration.content != demonstration.prompt.answer
+    assert demonstration.prompt.answer.startswith(demonstration.content.removesuffix("\n```"))

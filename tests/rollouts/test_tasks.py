@@ -4,10 +4,12 @@ import re
 
 import pytest
 
+from rewards.registry import RewardInput, Score, lookup
 from rlhf.errors import ConfigError
-from rollouts.tasks import HELD_OUT_SHARE, TaskFamily, family_names, get_family
+from rollouts.tasks import HELD_OUT_SHARE, Problem, TaskFamily, family_names, get_family
 
 DIFFICULTIES = range(1, 6)
+NUMERIC = [name for name in family_names() if get_family(name).reward == "math"]
 ARITHMETIC = ("addition", "subtraction", "three_term_sum", "multiplication", "modulo")
 
 
@@ -34,7 +36,7 @@ def solve(name: str, question: str) -> int:
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
-@pytest.mark.parametrize("name", family_names())
+@pytest.mark.parametrize("name", NUMERIC)
 def test_answers_agree_with_an_independent_solution(name, difficulty):
     family = get_family(name)
     for index in range(100):
@@ -151,3 +153,83 @@ def test_a_hasty_answer_forgets_to_carry(name, question, hasty):
     problem = get_family(name).pose(*numbers)
     assert (problem.question, problem.hasty) == (question, hasty)
     assert problem.hasty != problem.answer
+
+
+# --- families with a reward of their own ------------------------------------------------------------------------------
+
+
+def judged(name: str, problem: Problem, text: str) -> Score:
+    turn = {"role": "user", "content": problem.question}
+    sample = RewardInput.of(text, problem.answer, messages=(turn,), metadata=problem.metadata)
+    verdict = lookup(get_family(name).reward).judge(sample, {})
+    assert isinstance(verdict, Score)
+    return verdict
+
+
+def in_tokens(problem: Problem) -> int:
+    """Of a worked answer, with the byte tokenizer; `</think>` and the end of turn are one token each."""
+    return len(problem.trace) + len("\n") + 1 + len("\n\n") + len(problem.answer) + 1
+
+
+def test_families_name_the_reward_that_verifies_them():
+    rewards = {name: get_family(name).reward for name in family_names()}
+    assert {name: reward for name, reward in rewards.items() if reward != "math"} == {
+        "program": "code",
+        "constrained": "instruction_following",
+    }
+    assert len(NUMERIC) == 10
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 5])
+def test_the_right_program_passes_its_tests_and_the_hasty_one_does_not(difficulty):
+    for index in range(3):
+        problem = get_family("program").draw(difficulty, "train", seed=1, index=index)
+        assert judged("program", problem, problem.answer).value == 1.0, problem
+        assert judged("program", problem, problem.hasty).value == 0.0, problem
+
+
+def test_the_tests_of_a_program_agree_with_its_words():
+    words = {"plus": "+", "minus": "-", "times": "*"}
+    for index in range(300):
+        problem = get_family("program").draw(1 + index % 5, "train", seed=3, index=index)
+        formula = " ".join(words.get(word, word) for word in problem.canonical.split())
+        for test in problem.metadata["tests"]:
+            a, b = test["args"]
+            assert eval(formula, {"a": a, "b": b}) == test["expected"]
+            assert eval(problem.trace, {"a": a, "b": b}) == test["expected"]
+
+
+def test_the_inputs_of_a_program_tell_all_formulas_apart():
+    family = get_family("program")
+    expected = {}
+    for number in range(family.size(1)):
+        problem = family.problem(1, number)
+        values = tuple(test["expected"] for test in problem.metadata["tests"])
+        expected.setdefault(values, set()).add(problem.canonical)
+    assert len(expected) == family.size(1)
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_the_right_text_follows_every_instruction_and_the_hasty_one_does_not(difficulty):
+    family = get_family("constrained")
+    for index in range(100):
+        problem = family.draw(difficulty, "train", seed=1, index=index)
+        verdict = judged("constrained", problem, problem.answer)
+        assert verdict.value == 1.0, (problem, verdict)
+        assert len(verdict.parts) == 4  # three instructions and the fraction
+        assert judged("constrained", problem, problem.hasty).value == 0.0, problem
+
+
+def test_every_right_text_of_the_quickstart_is_accepted():
+    family = get_family("constrained")
+    for number in range(family.size(2)):
+        problem = family.problem(2, number)
+        assert judged("constrained", problem, problem.answer).value == 1.0, problem
+
+
+@pytest.mark.parametrize(("name", "limit"), [("program", 49), ("constrained", 45)])
+def test_worked_answers_of_the_quickstarts_fit_their_token_limits(name, limit):
+    family = get_family(name)
+    problems = [family.problem(2, number) for number in range(0, family.size(2), 5)]
+    assert max(map(in_tokens, problems)) <= limit
+    assert max(len(problem.question) + 12 for problem in problems) <= 64  # 12: the chat template
