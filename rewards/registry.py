@@ -136,12 +136,12 @@ class TransientRewardError(GroupwiseError):
 
 
 def printable(text: object, length: int) -> str:
-    """The first `length` characters of what a model said, fit for logs, terminals and tables.
+    """The first `length` characters of what a model said as one line, fit for logs, terminals and tables.
 
-    No control or direction character and nothing that UTF-8 lacks; line breaks stay.
+    Control and direction characters, and what UTF-8 lacks, are replaced.
     """
-    shown = str(text)[:length]
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in shown)
+    shown = " ".join(str(text)[:length].split("\n"))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def split_thinking(completion: str, reasoning_mode: bool) -> tuple[str, str]:

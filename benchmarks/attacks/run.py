@@ -53,7 +53,7 @@ class Result:
         return not self.faults
 
 
-def tests_of(task: Task, secret: str) -> tuple[CodeTest, ...]:
+def task_tests(task: Task, secret: str) -> tuple[CodeTest, ...]:
     """What a program is asked: to compute, to name the host's secret, to print, or to satisfy a referee."""
     records = {
         "values": _VALUES,
@@ -73,7 +73,7 @@ class ProgramRunner:
 
     def run(self, program: Program) -> Result:
         """The checked outcome of `program`; nothing of it is left, or a fault says so."""
-        tests = tests_of(program.task, self._host.secret)
+        tests = task_tests(program.task, self._host.secret)
         source = self._host.filled_in(program.source)
         descriptors, started = _descriptors(), time.monotonic()
         outcome = _graded(source, tests, self.tier)
@@ -101,7 +101,7 @@ class ProgramRunner:
 
     def _honest_job(self) -> float:
         started = time.monotonic()
-        result = grade(HONEST, tests_of("values", ""), LIMITS, tier=self.tier)
+        result = grade(HONEST, task_tests("values", ""), LIMITS, tier=self.tier)
         if not result.passed:
             raise GroupwiseError(
                 f"the honest job fails under {self.tier.value}: {result.summary()}. Nothing is proven."

@@ -11,12 +11,12 @@ import pytest
 
 from benchmarks.attacks.catalogue import programs
 from benchmarks.attacks.host import Host, left_processes
-from benchmarks.attacks.run import HONEST, LIMITS, tests_of
+from benchmarks.attacks.run import HONEST, LIMITS, task_tests
 from rewards.code import Limits, Tier, grade
 from rewards.code.slots import FIRST_UID, SLOTS, in_use, slot
 from rewards.code.tiers import ORDER, probe
 
-TESTS = tests_of("values", "")
+TESTS = task_tests("values", "")
 SOURCES = {program.id: program.source for program in programs()}
 
 
