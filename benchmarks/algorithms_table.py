@@ -40,6 +40,7 @@ from rlhf.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "algorithms.json"
+REMARKS = RESULTS.with_suffix(".md")  # what a person has to say of these results
 PAGE = ROOT / "docs" / "algorithms_table.md"
 RUNS = Path("runs/algorithms_table")  # relative to ROOT, where every command runs
 BASE = "sft"
@@ -380,6 +381,7 @@ def render(rows: Rows) -> str:
         f"Dates: {min(row['date'] for row in shown)[:10]} to {max(row['date'] for row in shown)[:10]}. "
         f"Code: {', '.join(sorted({row['code'] for row in shown}))}.",
         _table(RESULT_COLUMNS, [_result(name, group) for name, group in found.items()]),
+        *([REMARKS.read_text().strip()] if REMARKS.exists() else []),
         "## What it cost\n\nMeans over seeds. Runs differ in their number of optimiser steps and in what they sample, "
         "so this is no race: `OVERRIDES` in `benchmarks/algorithms_table.py` says what and why.",
         _table(COST_COLUMNS, [_cost(name, group) for name, group in found.items()]),
