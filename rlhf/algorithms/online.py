@@ -67,7 +67,7 @@ class OnlineAlgorithm(Algorithm):
         penalty = self.kl.loss(logprobs, batch)
         metrics = {**policy.metrics, **self.correction.metrics(weights, batch), **self.kl.metrics(logprobs, batch)}
         # A clip or a mask would hide an infinite log-prob; 0 * inf is NaN, which stops the run.
-        broken = 0.0 * (batch.proximal_logprobs + batch.rollout_logprobs)
+        broken = 0.0 * (batch.proximal_logprobs + batch.rollout_logprobs).detach()
         loss = corrected + broken if penalty is None else corrected + penalty + broken
         return TokenLoss(loss, metrics, policy.row_metrics)
 
