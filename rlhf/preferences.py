@@ -232,7 +232,7 @@ def _selected(scored: ScoredGroup, unit: PreferenceUnit, picked: tuple[_Candidat
     return Selected(
         unit=unit,
         prompt_id=prompt.prompt_id,
-        prompt="\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages),
+        prompt=prompt.text,
         reasoning_mode=scored.group.rendered.reasoning_mode,
         sample_ids=tuple(c.sample.sample_id for c in picked),
         completions=tuple(c.sample.completion for c in picked),

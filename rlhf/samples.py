@@ -36,6 +36,11 @@ class Prompt:
     reward: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        """The messages for people: `role: content`, one a line."""
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:

@@ -110,7 +110,7 @@ def sample_rows(
     triples = zip(scored.group.samples, scored.outcomes, shown, strict=True)
     return [
         {
-            "prompt": "\n".join(f"{message['role']}: {message['content']}" for message in scored.group.prompt.messages),
+            "prompt": scored.group.prompt.text,
             "completion": sample.completion,
             "versions": _versions(sample),
             "advantage": None if advantage is None else float(advantage),

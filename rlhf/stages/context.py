@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.algorithms import Algorithm, build
 from rlhf.algorithms.online import OnlineAlgorithm
@@ -19,44 +19,40 @@ from rlhf.samples import PreferenceUnit, ScoredGroup, TokenizedExample
 from rlhf.tracking import Tracker
 
 
-class StageData:
-    """The data of a run by the name of the stage that asks. Implemented in `launch.py`, the only place that knows all.
-
-    An ordinary class with methods to override rather than a Protocol of callables: a test replaces what it needs.
-    """
+class StageData(Protocol):
+    """The data of a run by the name of the stage that asks; `RunData` in `launch.py`, the only place that knows all."""
 
     def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> RolloutSource:
         """Opens the source of scored groups of an RL stage."""
-        raise NotImplementedError
+        ...
 
     def examples(self, name: str) -> Iterator[TokenizedExample]:
         """The endless stream of demonstrations of an SFT stage."""
-        raise NotImplementedError
+        ...
 
     def sampled(
         self, name: str, stage: FilterStage | CollectStage, progress: Callable[[int], None]
     ) -> Iterator[ScoredGroup]:
         """Scored completions of the stage's prompts under the current policy, in the order of the prompts."""
-        raise NotImplementedError
+        ...
 
     def prompt_count(self, name: str, stage: FilterStage | CollectStage) -> int:
         """How many prompts `sampled` will ask."""
-        raise NotImplementedError
+        ...
 
     def fingerprint(self, name: str) -> str:
         """Changes with anything that changes the prompts of the stage."""
-        raise NotImplementedError
+        ...
 
     def keep(self, name: str, indices: Sequence[int]) -> None:
         """From now on stages over the same data as stage `name` take only the prompts at `indices`."""
-        raise NotImplementedError
+        ...
 
-    def write_preferences(self, path: Path, records: Sequence[Selected]) -> None:
-        raise NotImplementedError
+    def write_preferences(self, path: Path, records: Sequence[Selected]) -> None: ...
 
     def preferences(self, name: str, stage: PreferenceStage, collected: Path | None) -> Sequence[PreferenceUnit]:
         """The pairs or groups of a preference stage: from `collected`, or from the file its config names."""
-        raise NotImplementedError
+        ...
 
 
 @dataclass(slots=True)
