@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,6 +48,9 @@ class Host:
             stack.callback(self._end_victim)
             self._open_ports()
             self._canary_before, self._harness_before = self._canary_now(), _harness_now()
+            # Otherwise it starts with the first spawned process or shared memory, and would pass for an attack's.
+            resource_tracker.ensure_running()
+            self._own = frozenset(_children())
             self._stack = stack.pop_all()
         return self
 
@@ -73,10 +77,10 @@ class Host:
     def harm(self, own_processes: Collection[int] = ()) -> list[str]:
         """What is harmed, taken or left behind, in words; waits a moment for what is just going away.
 
-        `own_processes` are children of this process that belong here.
+        `own_processes` are children of this process that belong here, beside those it had when the host was made.
         """
         deadline = time.monotonic() + GRACE_S
-        while found := self._harm({self._victim.pid, *own_processes}):
+        while found := self._harm({*self._own, *own_processes}):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
@@ -174,9 +178,13 @@ def left_sockets() -> list[str]:
 
 
 def _strange_children(own: Collection[int]) -> Iterator[str]:
+    return (_status(Path("/proc") / str(pid)) for pid in _children() if pid not in own)
+
+
+def _children() -> Iterator[int]:
     for path in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
-            yield from (_status(Path("/proc") / pid) for pid in path.read_text().split() if int(pid) not in own)
+            yield from map(int, path.read_text().split())
 
 
 def _status(process: Path) -> str:

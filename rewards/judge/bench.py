@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rewards.judge.canaries import CanaryWatch
 from rewards.judge.endpoint import Endpoint, JudgeRefusedError, Reply, Usage
@@ -89,10 +89,14 @@ class Bench:
         canary = self.watch.next(texts.get("reference", ""))
         if canary is None:
             return await self.asked(texts, deadline)
-        opinion: Opinion
-        opinion, _ = await all_of([self.asked(texts, deadline), self._send_canary(canary, texts, deadline)])
+        # Both to their end: when the call fails, what the canary says of the judge is still needed.
+        both = (self.asked(texts, deadline), self._send_canary(canary, texts, deadline))
+        opinion, sent = await asyncio.gather(*both, return_exceptions=True)
+        for result in (opinion, sent):
+            if isinstance(result, BaseException):
+                raise result
         self.watch.check()
-        return opinion
+        return cast(Opinion, opinion)
 
     async def _send_canary(self, canary: str, texts: Texts, deadline: float) -> None:
         """Have the judge see the canary instead of what it is asked about. One without a verdict is only counted."""
