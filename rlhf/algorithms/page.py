@@ -93,6 +93,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "reward/mean": "over all samples that came back; `reward/std` their deviation",
         "reward/task": "mean of the unshaped task metric",
         "reward/part/<name>": "mean of each reward component",
+        "reward/weight/<name>": "what a component with a `weight_schedule` weighs in the newest samples",
         "reward/abstained": "samples without a reward because none applies; `reward/failed` because of an error",
         "trained/groups": "groups that trained in this step",
         "trained/reward_mean": "their mean reward; `trained/completion_tokens` their mean length",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.config import RlStage
+from rlhf.config import RewardsConfig, RlStage
 from rlhf.controller import Controller, StepRecord, sample_advantages, step_metrics
 from rlhf.ledger import Ledger
 from rlhf.phases import Phases
@@ -40,6 +40,7 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
 
         def observe(record: StepRecord) -> None:
             metrics = {**step_metrics(record, ledger, controller.phase), **context.parts.reward_metrics()}
+            metrics |= scheduled_weights(context.config.rewards, record)
             totals.add(record, metrics)
             context.tracker.log(metrics, stage=name, step=record.step)
             progress.advance(record.step + 1, metrics, controller.phase.step)
@@ -52,6 +53,13 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
     figures = totals.summary(stage.steps, controller.rollouts.sampled_tokens, ledger, controller.phase)
     ledger.shutdown()
     return Outcome(stage.steps, totals.trained_tokens, {"rl": figures})
+
+
+def scheduled_weights(rewards: RewardsConfig, record: StepRecord) -> dict[str, float]:
+    """What each component with a schedule weighed in the newest samples of the step."""
+    newest = max(group.group.first_version for group in record.groups)
+    parts = rewards.components.items()
+    return {f"reward/weight/{name}": part.weight_at(newest) for name, part in parts if part.weight_schedule}
 
 
 def _log_samples(context: Context, name: str, record: StepRecord) -> None:
