@@ -44,11 +44,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call without a verdict. `raised` and `invalid` are the author's function's doing and would happen again."""
+    """A call without a verdict. `raised` and `invalid` are the author's function's doing and would happen again.
+
+    Another attempt before `wait_s` have passed is in vain.
+    """
 
     kind: Literal["raised", "invalid", "transient", "timeout", "crash", "memory"]
     message: str
     traceback: str = ""
+    wait_s: float = 0.0
 
     @property
     def transient(self) -> bool:
@@ -250,7 +254,7 @@ def _verdict(message: Mapping[str, Any]) -> Verdict:
         case "abstain":
             return Abstain(message["reason"])
         case kind:
-            return Failure(kind, message["message"], message["traceback"])
+            return Failure(kind, message["message"], message["traceback"], float(message.get("wait_s", 0.0)))
 
 
 def _parameters(spec: Mapping[str, Any]) -> Parameters:

@@ -20,6 +20,7 @@ import asyncio
 import functools
 import inspect
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rewards import registry
+from rewards.http_endpoint import retry_after_s
 from rewards.registry import Abstain, InvalidRewardError, RewardFunction, RewardInput, Score, TransientRewardError
 from rlhf.errors import ConfigError, did_you_mean
 from rlhf.plugins import load_module
@@ -270,7 +272,10 @@ def _post(url: str, body: bytes) -> Any:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         message = f"{url} answered {error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
-        raise (TransientRewardError if error.code in RETRIED_STATUS else InvalidRewardError)(message) from error
+        if error.code not in RETRIED_STATUS:
+            raise InvalidRewardError(message) from error
+        wait_s = retry_after_s(error.headers.get("Retry-After", ""), time.time())
+        raise TransientRewardError(message, wait_s) from error
     except OSError as error:  # URLError, a refused or dropped connection, a timeout
         raise TransientRewardError(f"{url} cannot be reached: {error}") from error
     except ValueError as error:

@@ -11,13 +11,10 @@ of memory, or be killed in the middle. Their prints go to stderr.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import pickle
 import resource
-import select
-import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -25,7 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rewards import foreign, registry
-from rewards.registry import Abstain, InvalidRewardError, RewardFunction, Score, printable
+from rewards.lifeline import die_with_parent
+from rewards.registry import Abstain, InvalidRewardError, RewardFunction, Score, TransientRewardError, printable
 from rlhf.errors import ConfigError
 from rlhf.plugins import load_modules
 
@@ -48,21 +46,6 @@ def main(arguments: list[str]) -> None:
     with os.fdopen(requests_fd, "rb") as requests, os.fdopen(results_fd, "wb", buffering=0) as results:
         _write(results, _catalogue(json.loads(arguments[5])))
         _serve(requests, results) if arguments[0] == "one" else asyncio.run(_serve_many(requests, results))
-
-
-def die_with_parent(lifeline_fd: int) -> None:
-    """Have the kernel kill this process group when the other end of the pipe closes, however the parent ended.
-
-    Unlike a reader thread it works while C code holds the interpreter lock, and unlike PR_SET_PDEATHSIG it does not
-    fire when merely the thread that started this process ends.
-    """
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
-    poll = select.poll()
-    poll.register(lifeline_fd, 0)
-    if poll.poll(0):  # hung up before O_ASYNC was set
-        os._exit(1)
 
 
 def _catalogue(setup: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +175,8 @@ def _failure(function: RewardFunction | None, error: BaseException) -> dict[str,
     if function is not None and function.is_transient(error):
         kind = "transient"
     message = printable(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
-    return {"kind": kind, "message": message, "traceback": _traceback(error)}
+    wait_s = error.wait_s if isinstance(error, TransientRewardError) else 0.0
+    return {"kind": kind, "message": message, "traceback": _traceback(error), "wait_s": wait_s}
 
 
 def _invalid(error: InvalidRewardError) -> dict[str, Any]:

@@ -47,6 +47,7 @@ BUILTIN_MODULES = (
     "rewards.multiple_choice",
     "rewards.ocr",
     "rewards.overlong",
+    "rewards.preference",
     "rewards.reasoning_gym",
     "rewards.repetition",
     "rewards.science",
@@ -132,7 +133,14 @@ class InvalidRewardError(GroupwiseError):
 
 
 class TransientRewardError(GroupwiseError):
-    """For authors to raise where another attempt may succeed: a rate limit, a dropped connection."""
+    """For authors to raise where another attempt may succeed: a rate limit, a dropped connection.
+
+    The next attempt, if there is one, is made `wait_s` later at the earliest.
+    """
+
+    def __init__(self, message: str = "", wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
 
 
 def printable(text: object, length: int) -> str:

@@ -33,6 +33,7 @@ from rlhf.samples import (
 
 BACKOFF_S = 0.5  # before the second attempt after an error that its author calls transient; doubles each time
 MAX_BACKOFF_S = 30.0
+MAX_WAIT_S = 60.0  # for what a server asks for; it may ask for days
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,8 @@ class Scorer:
         """Every call's answer and its attempts; those that may end differently are made `retries` times again."""
         answers, attempts = self._attempt(calls, retry=False), [1] * len(calls)
         while again := [row for row, call in enumerate(calls) if self._retry(call, answers[row], attempts[row])]:
-            if any(_kind(answers[row]) == "transient" for row in again):
-                time.sleep(backoff_s(max(attempts[row] for row in again)))
+            if waiting := [row for row in again if _kind(answers[row]) == "transient"]:
+                time.sleep(max(_wait_s(answers[row], attempts[row]) for row in waiting))
             for row, answer in zip(again, self._attempt([calls[row] for row in again], retry=True), strict=True):
                 answers[row], attempts[row] = answer, attempts[row] + 1
         return list(zip(answers, attempts, strict=True))
@@ -244,6 +245,12 @@ def _contribution(component: RewardComponent, value: float, version: int) -> flo
     weighted = component.weight_at(version) * value
     bound = component.max_bonus
     return weighted if bound is None else min(bound, max(-bound, weighted))
+
+
+def _wait_s(answer: Answer, attempts: int) -> float:
+    """How long to wait after so many attempts: as `backoff_s`, and as long as the server asks."""
+    asked_s = answer.failure.wait_s if answer.failure is not None else 0.0
+    return max(backoff_s(attempts), min(MAX_WAIT_S, asked_s))
 
 
 def _kind(answer: Answer) -> str:

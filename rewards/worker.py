@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,14 @@ from rlhf.config import RewardsConfig
 from rlhf.plugins import absolute
 from rlhf.samples import SampleGroup, ScoredGroup
 
+MAX_RESTARTS = 3  # of one worker: what kills it more often is no accident
+
 
 class RewardWorker:
     """A `Scorer` in a Ray actor."""
 
-    def __init__(self, config: RewardsConfig) -> None:
+    def __init__(self, config: RewardsConfig, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)  # before the grader processes, which inherit it
         self._scorer = Scorer(config)
 
     def score(self, group: SampleGroup) -> ScoredGroup:
@@ -37,15 +41,23 @@ class RewardWorker:
         self._scorer.close()
 
 
-def spawn(config: RewardsConfig, count: int, actor_options: dict[str, Any]) -> list[ActorHandle]:
+def spawn(
+    config: RewardsConfig, count: int, actor_options: dict[str, Any], environment: Mapping[str, str] | None = None
+) -> list[ActorHandle]:
     """`count` reward workers, starting up. Each scores as many groups at a time as its grader processes have use for.
 
-    Paths in the config are made absolute here, because an actor may run in another folder.
+    Paths in the config are made absolute here, because an actor may run in another folder. `environment` may hold
+    secrets: unlike that of the options it is in no log of Ray's. A worker that dies is started again, and what it was
+    scoring is scored again: a group that waits for its reward is kept by Ray, not by the worker.
     """
     at_work = config.processes + config.async_calls
-    options = {"max_concurrency": at_work + 2} | actor_options  # two more, for ping, metrics, health and close
+    options = {
+        "max_concurrency": at_work + 2,  # two more, for ping, metrics, health and close
+        "max_restarts": MAX_RESTARTS,
+        "max_task_retries": MAX_RESTARTS,
+    } | actor_options
     actor = ray.remote(RewardWorker).options(**options)
-    return [actor.remote(with_absolute_paths(config)) for _ in range(count)]
+    return [actor.remote(with_absolute_paths(config), dict(environment or {})) for _ in range(count)]
 
 
 def with_absolute_paths(config: RewardsConfig) -> RewardsConfig:

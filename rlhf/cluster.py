@@ -43,7 +43,12 @@ def roles(config: RunConfig) -> list[Role]:
     ]
     last = max(len(learners), first + len(engines))
     graders = [Role(f"reward-{i}", 1.0, 0.0, last + i) for i in range(config.rewards.workers)]
-    return [*learners, *engines, *graders]
+    last += len(graders)
+    servers = [
+        Role(f"server-{name}", server.cpus, float(server.tensor_parallel_size * on_gpu), last + i)
+        for i, (name, server) in enumerate(config.servers.items())
+    ]
+    return [*learners, *engines, *graders, *servers]
 
 
 def bundles(config: RunConfig) -> list[dict[str, float]]:
@@ -129,7 +134,7 @@ class Cluster:
             have = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
             raise DeadlineError(
                 f"placement: the cluster could not reserve {wanted} within {self._config.cluster.start_deadline_s} s. "
-                f"It has {have}. Lower training.ranks or rollouts.num_engines, or add nodes."
+                f"It has {have}. Lower training.ranks or rollouts.num_engines, leave out servers, or add nodes."
             ) from None
 
     def _keep_ray_logs(self, temp_dir: Path) -> None:

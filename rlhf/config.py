@@ -210,6 +210,27 @@ class RewardsConfig(Section):
     error_budget: Fraction = 0.05  # share of failed rewards in one step that stops the run
 
 
+class ServerConfig(Section):
+    """A vLLM server of the run's own for rewards that ask a model: `endpoint: {server: NAME}` in their params.
+
+    `chat` answers /v1/chat/completions, `reward_model` (a sequence classifier) /classify.
+    """
+
+    kind: Literal["chat", "reward_model"]
+    model: str  # a local directory or a hub name
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_context_tokens: Positive = 4096
+    tensor_parallel_size: Positive = 1  # its GPUs
+    max_concurrent_requests: Positive = 64
+    kv_cache_gib: Positive = 1  # on CPU
+    gpu_memory_utilization: Fraction = 0.9
+    cpus: Annotated[float, Field(gt=0.0)] = 1.0
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # a file, for a model that has none or another
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # when its process ends in the middle of the run
+    args: dict[str, Any] = Field(default_factory=dict)  # more flags of `vllm serve`: name -> value
+
+
 # --- rollouts ---------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +461,7 @@ class RunConfig(Section):
     stages: dict[str, StageConfig] = Field(min_length=1)
     algorithm: AlgorithmConfig
     rewards: RewardsConfig
+    servers: dict[str, ServerConfig] = Field(default_factory=dict)
     rollouts: RolloutsConfig = RolloutsConfig()
     training: TrainingConfig = TrainingConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()

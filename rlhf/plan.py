@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.algorithms import build
-from rlhf.cluster import bundles, roles
+from rlhf.cluster import Role, bundles, roles
 from rlhf.config import (
     CollectStage,
     FilterStage,
@@ -50,13 +50,20 @@ def _processes(config: RunConfig) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for kind, what in (("learner", "DeepSpeed ZeRO-{z}"), ("engine", "vLLM"), ("reward", "graders")):
         found = [role for role in roles(config) if role.name.startswith(kind)]
-        share = f"{found[0].cpus:g} CPU" + (f", {found[0].gpus:g} GPU" if found[0].gpus else "")
-        rows.append((kind, f"{len(found)} x {what.format(z=config.training.zero_stage)}, {share} each"))
+        rows.append((kind, f"{len(found)} x {what.format(z=config.training.zero_stage)}, {_share(found[0])} each"))
+    for role in roles(config):
+        if role.name.startswith("server-"):
+            server = config.servers[role.name.removeprefix("server-")]
+            rows.append((role.name.replace("-", " ", 1), f"vLLM {server.kind}, {server.model}, {_share(role)}"))
     wanted = bundles(config)
     total = {key: sum(bundle.get(key, 0.0) for bundle in wanted) for key in ("CPU", "GPU")}
     rows.append(("reserved", ", ".join(f"{value:g} {key}" for key, value in total.items() if value)))
     rows.append(("device", f"{config.cluster.device}, {config.cluster.placement}"))
     return rows
+
+
+def _share(role: Role) -> str:
+    return f"{role.cpus:g} CPU" + (f", {role.gpus:g} GPU" if role.gpus else "")
 
 
 def _stage(config: RunConfig, stage: StageConfig) -> list[tuple[str, object]]:

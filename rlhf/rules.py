@@ -32,6 +32,7 @@ from rlhf.config import (
     RewardsConfig,
     RlStage,
     RolloutsConfig,
+    ServerConfig,
     SftStage,
     StageConfig,
     TrackingConfig,
@@ -40,10 +41,12 @@ from rlhf.config import (
     WeightSyncConfig,
 )
 from rlhf.errors import did_you_mean
+from rlhf.servers import FIXED_FLAGS, GIVEN_BY_SERVER, KINDS, OWN_FLAGS, asked
 
 Messages = Iterator[str]
 Rule = Callable[..., Messages]
 Stages = Mapping[str, StageConfig]
+Servers = Mapping[str, ServerConfig]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ MIN_PROMPT_TOKENS = 8
 TRANSPORTS = ("auto", "ray", "nccl", "cuda_ipc")
 RESERVED_STAGE_NAMES = ("before",)  # the evaluation ahead of the first stage
 
+_SERVER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FUNCTION_PATH = re.compile(r"(.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -552,6 +556,92 @@ def reward_components_exist(rewards: RewardsConfig, reward_names: Sequence[str] 
             reason = "No module registered a reward of this name"
             fix = did_you_mean(name, known, otherwise)
             yield problem(f"rewards.components.{name}", "{...}", "must be a registered reward", reason, fix)
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+
+@_rule
+def server_names_are_safe(servers: Servers) -> Messages:
+    for name in servers:
+        if not _SERVER_NAME.fullmatch(name):
+            rule = "a server name must be letters, digits, _ and -, and start with a letter or digit"
+            yield problem(f"servers.{name}", "{...}", rule, "It names a log file and metrics", "Rename the server")
+
+
+@_rule
+def servers_that_are_asked_exist(servers: Servers, rewards: RewardsConfig) -> Messages:
+    for ask in asked(rewards):
+        if ask.server not in servers:
+            reason = "No server of this name is in servers"
+            fix = did_you_mean(ask.server, servers, f"There are {', '.join(servers) or 'none'}")
+            yield problem(f"{ask.key}.server", ask.server, "must be one of servers", reason, fix)
+
+
+@_rule
+def every_server_is_asked(servers: Servers, rewards: RewardsConfig) -> Messages:
+    wanted = {ask.server for ask in asked(rewards)}
+    for name in servers:
+        if name not in wanted:
+            rule, reason = "must be asked by a reward", "It would hold its share of the machine for nothing"
+            fix = f"Set endpoint.server: {name} in the params of a component, or remove the server"
+            yield problem(f"servers.{name}", "{...}", rule, reason, fix)
+
+
+@_rule
+def servers_are_of_the_kind_that_is_asked(servers: Servers, rewards: RewardsConfig) -> Messages:
+    for ask in asked(rewards):
+        wanted = KINDS.get(ask.component) if rewards.components[ask.component].registered else None
+        if wanted and ask.server in servers and servers[ask.server].kind != wanted:
+            key, kind = f"servers.{ask.server}.kind", servers[ask.server].kind
+            reason = f"{ask.key}.server names it, and {ask.component} asks {_PATHS[wanted]}"
+            yield problem(key, kind, f"must be {wanted}", reason, f"Set it to {wanted}, or name another server")
+
+
+_PATHS = {"chat": "/v1/chat/completions", "reward_model": "/classify"}
+
+
+@_rule
+def an_endpoint_is_of_the_run_or_elsewhere(rewards: RewardsConfig) -> Messages:
+    for ask in asked(rewards):
+        for name in GIVEN_BY_SERVER:
+            if ask.endpoint.get(name) is not None:
+                key, rule = f"{ask.key}.{name}", f"must be null with server: {ask.server}"
+                yield problem(key, ask.endpoint[name], rule, "The server of the run says it", "Remove one of the two")
+
+
+@_rule
+def replies_fit_the_context_of_their_server(servers: Servers, rewards: RewardsConfig) -> Messages:
+    for ask in asked(rewards):
+        tokens, context = ask.endpoint.get("max_tokens", 0), getattr(servers.get(ask.server), "max_context_tokens", 0)
+        if isinstance(tokens, int) and context and tokens >= context:
+            rule = f"must be less than servers.{ask.server}.max_context_tokens = {context}"
+            yield problem(f"{ask.key}.max_tokens", tokens, rule, "The question needs room too", "Lower it")
+
+
+@_rule
+def server_flags_have_one_place(servers: Servers) -> Messages:
+    for name, server in servers.items():
+        for flag, value in server.args.items():
+            key, plain = f"servers.{name}.args.{flag}", flag.lstrip("-").replace("_", "-")
+            if plain in OWN_FLAGS:
+                fix = f"Set servers.{name}.{OWN_FLAGS[plain]}"
+                yield problem(key, value, "must not be set here", "A field of the server sets it", fix)
+            elif plain in FIXED_FLAGS:
+                yield problem(
+                    key, "...", "must not be set", "The run decides where a server is and who asks it", "Remove it"
+                )
+            elif plain != flag.replace("_", "-"):
+                yield problem(key, value, "must be without leading hyphens", "They are added", f"Write {plain}")
+
+
+@_rule
+def servers_on_cpu_are_one_process(servers: Servers, cluster: ClusterConfig) -> Messages:
+    for name, server in servers.items():
+        if server.tensor_parallel_size > 1 and cluster.device == "cpu":
+            key, size = f"servers.{name}.tensor_parallel_size", server.tensor_parallel_size
+            reason = "It is the number of GPUs, and cluster.device is cpu"
+            yield problem(key, size, "must be 1 on cpu", reason, "Set it to 1, or cluster.device to cuda")
 
 
 @_rule

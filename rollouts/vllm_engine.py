@@ -10,22 +10,6 @@ from rlhf.config import RunConfig
 from rlhf.samples import VersionSpan
 from rollouts.engine import Completion, SamplingRequest, Tokens
 
-CPU_ENVIRONMENT = {
-    # One process: on CPU an engine process beside its client only makes the two fight for the same core.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # The first request would otherwise wait 15 s for a log-prob helper to be compiled.
-    "TORCHDYNAMO_DISABLE": "1",
-}
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-
-
-def environment(device: str, kv_cache_gib: int) -> dict[str, str]:
-    """Environment variables that must be set before vllm is imported in the engine's process."""
-    if device != "cpu":
-        return dict(ENVIRONMENT)
-    return {**ENVIRONMENT, **CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
-
 
 class VllmEngine:
     """One vLLM engine with its weights, started from `model_path`; weight version 0 means those on disk."""

@@ -17,11 +17,12 @@ from rlhf.config import RunConfig
 from rlhf.models import load_tokenizer
 from rlhf.reward_failures import RewardFailures
 from rlhf.samples import Prompt, SampleGroup, ScoredGroup
+from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.transports import receiver_of
 from rollouts.generator import Generator, GroupRequest
 from rollouts.rendering import Renderer
-from rollouts.vllm_engine import VllmEngine, engine_settings, environment
+from rollouts.vllm_engine import VllmEngine, engine_settings
 
 
 class RolloutWorker:
@@ -90,7 +91,7 @@ class RolloutClient:
         self._failures = RewardFailures(log_dir.parent)
         self._next_grader = itertools.cycle(graders)
         self._pending: dict[Any, int] = {}  # scored reference -> engine
-        variables = environment(config.cluster.device, config.rollouts.kv_cache_gib)
+        variables = vllm_environment(config.cluster.device, config.rollouts.kv_cache_gib)
         self.engines = [
             ray.remote(RolloutWorker)
             .options(max_concurrency=4096, **cluster.options(role, variables))

@@ -197,6 +197,16 @@ def test_every_algorithm_has_an_option_of_its_name_except_the_one_that_sft_stage
     assert options == set(algorithms.names()) - {"sft"}
 
 
+def test_one_option_gives_a_reward_that_asks_a_model_a_server_of_the_run() -> None:
+    judged = check("experiment=quickstart_judge", "servers=judge")
+    assert judged.rewards.components["judge"].params["endpoint"]["server"] == "judge"
+    assert judged.servers["judge"].kind == "chat"
+    hybrid = check("experiment=exaone4", "rewards=hybrid_preference", "servers=reward_model")
+    assert hybrid.rewards.components["preference"].applies == "always"
+    both = check("experiment=quickstart_judge", "servers=[judge,reward_model]")
+    assert set(both.servers) == {"judge", "reward_model"}
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_configuration_a_run_writes_down_is_valid_again(experiment: str) -> None:
     from rlhf.validation import validate
@@ -208,7 +218,7 @@ def test_the_configuration_a_run_writes_down_is_valid_again(experiment: str) -> 
 def test_there_is_a_config_group_for_every_section_of_the_run_config() -> None:
     from rlhf.config import RunConfig, Section
 
-    sections = {"algorithm"}  # the one section that is open for keys of its own
+    sections = {"algorithm", "servers"}  # a section that is open for keys of its own, and one of named entries
     for name, field in RunConfig.model_fields.items():
         one_of_several = field.discriminator is not None
         if one_of_several or (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):

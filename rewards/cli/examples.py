@@ -25,6 +25,12 @@ PLANETS = {"A": "Jupiter", "B": "Mars", "C": "Venus"}
 BOX = {"box": [10, 10, 50, 50], "coordinates": "pixels", "width": 100, "height": 100}
 TWO_WORDS = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 
+SUM: Mapping[str, Any] = {
+    "question": "State the final answer to the following arithmetic problem: 4 + 5 =",
+    "answer": "9",
+    "metadata": {},
+}
+
 EXAMPLES: dict[str, Sequence[Example]] = {
     "math": [
         *_asked("What is 17 + 25?", "42", {"17 + 25 is \\boxed{42}.": 1, "It is 42": 1, "\\boxed{43}": 0, "42.5": 0}),
@@ -97,17 +103,41 @@ EXAMPLES: dict[str, Sequence[Example]] = {
         {"```python\ndef double(x):\n    return 2 * x\n```": 1, "```python\ndef double(x):\n    return x\n```": 0},
         tests=[{"call": "double", "args": [5], "expected": 10}],
     ),
+    "judge": [
+        *_asked("What is the capital of France?", "Paris", {"It is \\boxed{Paris}.": 1, "The answer is Rome.": 0}),
+        *_asked("Which metal is liquid at room temperature?", "mercury", {"\\boxed{mercury}": 1, "Solution:": 0}),
+        _row("No answer was recorded.", "1", "", "error"),
+    ],
+    "judge_pairwise": _asked(
+        "Why is the sky blue?", "", {"Air scatters short waves, which are blue, more than long ones.": 1, "No idea.": 0}
+    ),
+    "preference": [
+        _row("How do I boil an egg?", "Put it into boiling water for seven minutes.", "", "value"),
+        _row("How do I boil an egg?", "eggs eggs eggs", "", "value"),
+        _row("How do I boil an egg?", "<think>Seven", "", 0, reasoning_mode=True),
+        _row("How do I boil an egg?", "", "", 0),
+    ],
+    "reasoning_gym": _asked(
+        SUM["question"],
+        SUM["answer"],
+        {"\\boxed{9}": 1, "<answer>9</answer>": 1, "8": 0, "": 0},
+        dataset="chain_sum",
+        entry=SUM,
+    ),
 }
-"""Built-in reward -> its examples."""
+"""Built-in reward -> its examples. Those of models were written for any model that does its work."""
 
-PARAMS: dict[str, Mapping[str, str]] = {
-    name: {key: json.dumps(value) for key, value in params.items()}
-    for name, params in {
-        "conciseness": {"target_tokens": 100, "max_tokens": 200},
-        "overlong": {"max_tokens": 200, "cache_tokens": 100},
-    }.items()
+_PARAMS: dict[str, Mapping[str, Any]] = {
+    "conciseness": {"target_tokens": 100, "max_tokens": 200},
+    "overlong": {"max_tokens": 200, "cache_tokens": 100},
+    # So that every run of an example asks the judge again.
+    "judge": {"cache": {"entries": 0}},
+    "judge_pairwise": {"cache": {"entries": 0}},
 }
-"""Built-in reward -> what the parameters without a default are in its examples."""
+PARAMS: dict[str, Mapping[str, str]] = {
+    name: {key: json.dumps(value) for key, value in params.items()} for name, params in _PARAMS.items()
+}
+"""Built-in reward -> its parameters in the examples; those of the command line come before them."""
 
 GENERIC: Sequence[Example] = [
     {"prompt": "What is 17 + 25?", "completion": "17 + 25 is \\boxed{42}.", "answer": "42"},

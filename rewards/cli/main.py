@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     tested = _add(commands, "test", trial.run, "is this reward fit to be trained against?")
     tested.add_argument("name", metavar="NAME")
     tested.add_argument(
-        "--examples", metavar="FILE.jsonl", type=Path, help="rows; `expected`: number, abstain or error"
+        "--examples", metavar="FILE.jsonl", type=Path, help="rows; `expected`: number, value, abstain or error"
     )
     tested.add_argument("--correct-at", type=float, default=1.0, help="a completion is accepted from here on (1.0)")
     _reward_options(tested, processes=2)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from rewards.cli.rows import Row
 from rewards.cli.service import RowService
-from rlhf.config import RewardComponent, RewardsConfig
+from rewards.servers.local import running
+from rlhf.config import ClusterConfig, RewardComponent, RewardsConfig, Section, ServerConfig
 from rlhf.errors import DataError, did_you_mean
 from rlhf.jsonl import read
 from rlhf.reward_failures import FILE_NAME
+from rlhf.servers import KEY_VARIABLE, asked
 
 SAMPLES = "samples.jsonl"
 _TURN = re.compile(r"^(system|user|assistant|tool): ", re.MULTILINE)
@@ -24,28 +30,37 @@ _TURN = re.compile(r"^(system|user|assistant|tool): ", re.MULTILINE)
 
 def run(options: argparse.Namespace) -> int:
     """0 when the reward has a verdict now, 1 when it fails again. DataError when there is nothing to replay."""
-    rewards = _rewards(options.run_dir)
+    settings = _settings(options.run_dir)
     failures = _records(options.run_dir / FILE_NAME, options.sample_id)
     wanted = [record for record in failures if options.reward in (None, record["reward"])]
     if wanted:
         record = wanted[-1]
-        return _replayed(rewards, record["reward"], record, _failed_rows(record))
+        return _replayed(settings, record["reward"], record, _failed_rows(record))
     seen = _records(options.run_dir / SAMPLES, options.sample_id)
     if not seen:
         raise DataError(_unknown(options.run_dir, options.sample_id))
-    return _replayed(rewards, _reward_of(rewards, options), seen[-1], [_seen_row(seen[-1], options)])
+    return _replayed(settings, _reward_of(settings.rewards, options), seen[-1], [_seen_row(seen[-1], options)])
 
 
 # --- what the run wrote down ------------------------------------------------------------------------------------------
 
 
-def _rewards(run_dir: Path) -> RewardsConfig:
+class Settings(Section):
+    """What of a run's configuration decides about its rewards."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    rewards: RewardsConfig
+    servers: dict[str, ServerConfig] = Field(default_factory=dict)
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def _settings(run_dir: Path) -> Settings:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise DataError(f"--run {run_dir}: must be the directory of a run. It has no config.yaml. Correct the path.")
     try:
-        return RewardsConfig.model_validate(yaml.safe_load(path.read_text())["rewards"])
-    except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        return Settings.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ValidationError) as error:
         raise DataError(f"{path}: must hold the section rewards of a run. {error}") from error
 
 
@@ -109,11 +124,11 @@ def _reward_of(rewards: RewardsConfig, options: argparse.Namespace) -> str:
 # --- again ------------------------------------------------------------------------------------------------------------
 
 
-def _replayed(rewards: RewardsConfig, name: str, record: Mapping[str, Any], rows: list[Row]) -> int:
-    component = rewards.components.get(name, RewardComponent(params=record.get("params", {})))
+def _replayed(settings: Settings, name: str, record: Mapping[str, Any], rows: list[Row]) -> int:
+    component = settings.rewards.components.get(name, RewardComponent(params=record.get("params", {})))
     once = component.model_copy(update={"retries": 0, "cache": False, "weight_schedule": (), "gate": None})
-    config = rewards.model_copy(update={"components": {name: once}, "processes": 1})
-    with RowService(config) as service:
+    config = settings.rewards.model_copy(update={"components": {name: once}, "processes": 1})
+    with _servers_of(settings, config) as addressed, RowService(addressed) as service:
         results = service.judged(name, rows)
     outcome = next(result.outcome for result in results if result.row.place == record["sample_id"])
     row = next(row for row in rows if row.place == record["sample_id"])
@@ -135,3 +150,17 @@ def _said(outcome: Mapping[str, Any]) -> str:
             return f"abstains: {outcome['reason']}"
     error = outcome["error"]
     return f"{error['kind']}: {outcome['reason']}\n{error['traceback']}".rstrip()
+
+
+@contextmanager
+def _servers_of(settings: Settings, rewards: RewardsConfig) -> Iterator[RewardsConfig]:
+    """The rewards with the addresses of the run's servers that they ask, which are started again for that."""
+    wanted = {one.server: settings.servers[one.server] for one in asked(rewards)}
+    if not wanted:
+        yield rewards
+        return
+    print(f"starting the run's server {' and '.join(wanted)} ...", file=sys.stderr, flush=True)
+    deadline_s = settings.cluster.start_deadline_s
+    with TemporaryDirectory() as logs, running(wanted, settings.cluster.device, Path(logs), deadline_s) as servers:
+        os.environ[KEY_VARIABLE] = servers.key
+        yield servers.addressed(rewards)

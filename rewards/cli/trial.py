@@ -24,6 +24,7 @@ PROBED = 20  # examples that are tried with made-up completions
 HOSTED = 2  # examples that are tried with hostile ones
 COINCIDENCE = 0.1  # share of examples on which the echo of a prompt or a constant may be right
 TOLERANCE = 1e-6
+STATUSES = ("value", "abstain", "error")  # as `expected`: of a value it is not known which it will be
 
 FORMS: dict[str, Callable[[str], str]] = {
     "boxed": lambda answer: f"So it is \\boxed{{{answer}}}.",
@@ -89,8 +90,8 @@ def _examples(options: argparse.Namespace) -> tuple[list[Row], bool]:
         rows = [row_of(one, f"built-in example {number}") for number, one in enumerate(raw, start=1)]
     for row in rows:
         expected = row.fields.get("expected")
-        if not (expected is None or expected in ("abstain", "error") or isinstance(expected, int | float)):
-            raise DataError(f"{row.place}: expected = {expected!r}: must be a number, abstain or error.")
+        if not (expected is None or expected in STATUSES or isinstance(expected, int | float)):
+            raise DataError(f"{row.place}: expected = {expected!r}: must be a number, {' or '.join(STATUSES)}.")
     return rows, options.examples is None and options.name not in EXAMPLES
 
 
@@ -268,7 +269,7 @@ class Trial:
 
     @property
     def _answered(self) -> list[Row]:
-        usable = [row for row in self.examples if row.answer and row.fields.get("expected") not in ("error", "abstain")]
+        usable = [row for row in self.examples if row.answer and row.fields.get("expected") not in STATUSES]
         return list({row.of_same_prompt: row for row in usable}.values())[:PROBED]
 
     def _as_expected(self, expected: Any, outcome: Outcome) -> bool:

@@ -7,13 +7,10 @@ A failed gate is a 0. Whatever else goes wrong, an unreadable reply included, is
 """
 
 from rewards.judge.canaries import JudgeUnreliableError
-from rewards.judge.endpoint import JudgeBudgetError, JudgeRefusedError
 from rewards.judge.forms import JudgeReplyError
 from rewards.judge.reward import counts, judge, judge_pairwise, verdict
 
 __all__ = [
-    "JudgeBudgetError",
-    "JudgeRefusedError",
     "JudgeReplyError",
     "JudgeUnreliableError",
     "counts",

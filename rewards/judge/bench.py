@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from rewards.http_endpoint import EndpointRefusedError, Usage
 from rewards.judge.canaries import CanaryWatch
-from rewards.judge.endpoint import Endpoint, JudgeRefusedError, Reply, Usage
+from rewards.judge.chat import ChatEndpoint, Reply
 from rewards.judge.forms import Form, confidence
 from rewards.judge.memory import VerdictCache, key_of
 from rewards.judge.prompts import PromptText, Texts, unguessable
@@ -30,9 +31,8 @@ class Opinion:
 
     @property
     def parts(self) -> dict[str, float]:
-        used = {"calls": self.usage.calls, "tokens": self.usage.tokens, "cached": self.cached}
         known = {} if self.confidence is None else {"confidence": self.confidence}
-        return {name: float(value) for name, value in {**used, **known}.items()}
+        return {**self.usage.parts, "cached": float(self.cached), **known}
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Bench:
     `graded` is the field whose probability is wanted, "" for none.
     """
 
-    endpoint: Endpoint
+    endpoint: ChatEndpoint
     text: PromptText
     form: Form
     watch: CanaryWatch
@@ -68,18 +68,18 @@ class Bench:
             return new
 
     async def asked(self, texts: Texts, deadline: float) -> Opinion:
-        """A new verdict, not remembered. Raises as `Endpoint.complete`, and JudgeReplyError for what is no verdict."""
+        """A new verdict, not remembered. Raises as `ChatEndpoint.complete`, JudgeReplyError for what is no verdict."""
         usage = Usage()
         structured = self.endpoint.structured
         try:
             return await self._once(texts, structured, deadline, usage)
-        except JudgeRefusedError as error:
+        except EndpointRefusedError as error:
             if not structured or self.endpoint.settings.structured != "auto" or error.status not in NO_SCHEMA:
                 raise
             refused = error
         try:
             opinion = await self._once(texts, False, deadline, usage)
-        except JudgeRefusedError:
+        except EndpointRefusedError:
             raise refused from None
         self.endpoint.structured = False
         return opinion

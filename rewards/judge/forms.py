@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rlhf.errors import GroupwiseError
+from rewards.http_endpoint import EndpointReplyError
 
 SHOWN_CHARS = 80  # of the beginning and of the end
 Allowed = tuple[str, ...] | range
 
 
-class JudgeReplyError(GroupwiseError):
+class JudgeReplyError(EndpointReplyError):
     """The judge answered, but not with one verdict of the form it was asked for."""
 
 

@@ -33,7 +33,7 @@ _TEMPLATE_TOKEN = re.compile(
 
 def gate(sample: RewardInput, prompt: PromptSettings, *, short: bool) -> tuple[str, str]:
     """(the candidate to send, ""), or ("", why it is worth 0). `short`: the final answer alone is the candidate."""
-    reason = _of_completion(sample)
+    reason = unfit(sample)
     if reason:
         return "", reason
     candidate = final_answer(sample.final, prompt.answer_from) if short else sample.final.strip()
@@ -46,6 +46,21 @@ def gate(sample: RewardInput, prompt: PromptSettings, *, short: bool) -> tuple[s
         if is_master_key(text, sample.answer, prompt.master_keys):
             return "", f"no answer but {text.strip()[:40]!r}"
     return candidate, ""
+
+
+def unfit(sample: RewardInput) -> str:
+    """Why no model need be asked about a completion: it has no final answer of its own. "" when it has one."""
+    if not sample.final.strip():
+        return "empty"
+    if sample.truncated:
+        return "truncated"
+    return forged(sample.final)
+
+
+def forged(text: str) -> str:
+    """Which token of a chat template `text` has, in words; "" when it has none."""
+    token = _TEMPLATE_TOKEN.search(text)
+    return f"chat template token {token.group()!r}" if token else ""
 
 
 def final_answer(final: str, answer_from: str) -> str | None:
@@ -74,15 +89,6 @@ def plain(text: str) -> str:
     folded = unicodedata.normalize("NFKC", bare).casefold().replace("’", "").replace("'", "")
     seen = "".join(c for c in folded if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join("".join(" " if unicodedata.category(c)[0] in "PZ" else c for c in seen).split())
-
-
-def _of_completion(sample: RewardInput) -> str:
-    if not sample.final.strip():
-        return "empty"
-    if sample.truncated:
-        return "truncated"
-    token = _TEMPLATE_TOKEN.search(sample.final)
-    return f"chat template token {token.group()!r}" if token else ""
 
 
 _PLAIN_KEYS = frozenset(map(plain, MASTER_KEYS))

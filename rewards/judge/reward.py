@@ -9,22 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from rewards.http_endpoint import BudgetSettings, shared
 from rewards.judge.bench import Bench, Opinion, all_of
 from rewards.judge.canaries import CanaryWatch
-from rewards.judge.endpoint import Endpoint
+from rewards.judge.chat import ChatEndpoint
 from rewards.judge.forms import Allowed, Form
 from rewards.judge.gates import gate
 from rewards.judge.memory import VerdictCache
 from rewards.judge.prompts import PromptText, question_of
-from rewards.judge.settings import (
-    BudgetSettings,
-    CacheSettings,
-    CanarySettings,
-    EndpointSettings,
-    PromptSettings,
-    RubricSettings,
-    built,
-)
+from rewards.judge.settings import CacheSettings, CanarySettings, EndpointSettings, PromptSettings, RubricSettings
+from rewards.parameter_groups import built
 from rewards.registry import Abstain, RewardInput, Score, reward
 from rlhf.errors import ConfigError, DataError, did_you_mean
 
@@ -50,8 +44,8 @@ async def judge(
     The groups are those of `rewards.judge.settings`. A completion that fails a gate is 0.0 and costs no call. With
     `endpoint.top_logprobs` and a server that returns them, `reference` gives the probability of correct. Parts: calls,
     tokens, cached, gated, and the dimensions' grades. Raises TransientRewardError when no verdict can be had in time,
-    JudgeReplyError for a reply that is no verdict, JudgeRefusedError, JudgeBudgetError, JudgeUnreliableError after the
-    canaries' alarm, DataError for a record without an answer in mode reference, ConfigError for wrong parameters.
+    EndpointReplyError for a reply that is no verdict, EndpointRefusedError, EndpointBudgetError, JudgeUnreliableError
+    after the canaries' alarm, DataError for a record without an answer in mode reference, ConfigError.
     """
     if mode not in MODES:
         fix = "judge_pairwise compares completions." if mode == "pairwise" else did_you_mean(str(mode), MODES)
@@ -180,15 +174,14 @@ def _said(opinion: Opinion, candidate: str) -> str:
 # --- what lives as long as the process --------------------------------------------------------------------------------
 
 _BENCHES: dict[str, Bench] = {}
-_ENDPOINTS: dict[str, Endpoint] = {}
 _CACHES: dict[str, VerdictCache] = {}
 
 
 def counts() -> dict[str, int]:
     """What the judges of this process did: calls, retries, tokens, cache_hits, reply_errors, canaries, ..."""
     total: dict[str, int] = {}
-    for endpoint in _ENDPOINTS.values():
-        for name, count in endpoint.counts.items():
+    for counted in {id(bench.endpoint): bench.endpoint.counts for bench in _BENCHES.values()}.values():
+        for name, count in counted.items():
             total[name] = total.get(name, 0) + count
     return total
 
@@ -203,7 +196,6 @@ def _bench(mode: str, **given: Any) -> Bench:
 
 def _built(mode: str, given: Given) -> Bench:
     settings = built(EndpointSettings, "endpoint", given["endpoint"])
-    settings.api_key  # noqa: B018 a missing key is found here, not by the server
     prompt, rubric = _prompt(given["prompt"]), _rubric(given["rubric"]) if mode == "rubric" else None
     if mode == "rubric" and rubric is None:
         raise ConfigError(["rubric: must be given in mode rubric. It says what is graded. Set rubric.dimensions."])
@@ -211,7 +203,7 @@ def _built(mode: str, given: Given) -> Bench:
     form = Form(_fields(mode, rubric), prompt.explain)
     text = PromptText.of(mode, prompt, _dimension_list(rubric) if rubric else "")
     return Bench(
-        endpoint=_endpoint(settings, built(BudgetSettings, "budget", given["budget"] or {})),
+        endpoint=shared(ChatEndpoint, settings, built(BudgetSettings, "budget", given["budget"] or {})),
         text=text,
         form=form,
         watch=CanaryWatch(canaries),
@@ -247,10 +239,6 @@ def _prompt(given: Given | None) -> PromptSettings:
 
 def _rubric(given: Given | None) -> RubricSettings | None:
     return None if given is None else built(RubricSettings, "rubric", given)
-
-
-def _endpoint(settings: EndpointSettings, budget: BudgetSettings) -> Endpoint:
-    return _ENDPOINTS.setdefault(repr((settings, budget)), Endpoint(settings, budget))
 
 
 def _cache(settings: CacheSettings) -> VerdictCache:

@@ -20,7 +20,7 @@ from rlhf.tracking import Tracker
 
 
 class StageData(Protocol):
-    """The data of a run by the name of the stage that asks; `RunData` in `launch.py`, the only place that knows all."""
+    """The data of a run by the name of the stage that asks; `RunData` of `rollouts.run_data`."""
 
     def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> RolloutSource:
         """Opens the source of scored groups of an RL stage."""
@@ -59,8 +59,9 @@ class StageData(Protocol):
 class Parts:
     """Everything a pipeline drives.
 
-    `connect()` opens the weight transport once a model is loaded. `reward_metrics()` are those of the reward service,
-    all under `reward_service/`. `modes` are the reasoning modes to evaluate, the one that RL trains first.
+    `connect()` opens the weight transport once a model is loaded. `reward_metrics()` are those of the reward service
+    under `reward_service/` and of the run's servers under `server/`. `modes` are the reasoning modes to evaluate, the
+    one that RL trains first.
     """
 
     learners: LearnerGroup

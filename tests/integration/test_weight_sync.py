@@ -17,12 +17,12 @@ from rlhf.models import prepare_model
 from rlhf.samples import TokenizedExample
 from rlhf.training.deepspeed_engine import environment as learner_environment
 from rlhf.training.rank import LearnerRank
+from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.publisher import WeightPublisher
 from rlhf.weight_sync.transports import RayTransport, free_port, open_transport
 from rollouts.engine import SamplingRequest
 from rollouts.vllm_engine import VllmEngine, engine_settings
-from rollouts.vllm_engine import environment as engine_environment
 
 pytestmark = pytest.mark.integration
 
@@ -117,7 +117,7 @@ def run_config(tied: bool) -> RunConfig:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def stack(request, tmp_path_factory):
-    os.environ.update(engine_environment("cpu", 1) | learner_environment("cpu", 1))
+    os.environ.update(vllm_environment("cpu", 1) | learner_environment("cpu", 1))
     stack = Stack(tmp_path_factory.mktemp("sync"), request.param)
     yield stack
     stack.learner.close()

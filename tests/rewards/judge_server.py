@@ -39,6 +39,7 @@ class JudgeServer:
     rule: Rule
     requests: list[Request] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,6 +68,7 @@ def serving(rule: Rule) -> Iterator[JudgeServer]:
             with server.lock:
                 server.requests.append(request)
                 server.authorizations.append(self.headers.get("Authorization"))
+                server.paths.append(self.path)
                 server.in_flight += 1
                 server.most_in_flight = max(server.most_in_flight, server.in_flight)
             try:

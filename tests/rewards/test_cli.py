@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from rewards import registry
 from rewards.cli import rows as rows_module
 from rewards.cli.examples import EXAMPLES
 from rewards.cli.main import main
 from rewards.cli.rows import Row, grouped
 from rlhf.reward_failures import RewardFailures
 from rlhf.samples import RewardFailed, ScoredGroup
+from tests.rewards.judge_server import Answer, Request, compares, completion, says, serving, texts_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,7 +106,7 @@ def test_list_has_every_reward_with_range_kind_and_missing_packages(author: str)
     done = process("list", "--module", author)
     assert done.returncode == 0
     told = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert "[-1, 0]  sync" in told["overlong"]
+    assert told["overlong"].split()[1:4] == ["[-1,", "0]", "sync"]
     assert "sync group" in told["share"]
     assert "async" in told["science"]
     assert "(needs no-such-package)" in told["needy"]
@@ -274,10 +276,47 @@ def test_a_built_in_reward_is_fit_to_train_against(name: str, capsys: pytest.Cap
     assert f"{name}: fit to train against" in capsys.readouterr().out
 
 
+ASKING = ["judge", "judge_pairwise", "preference"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - set(QUICK)))
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {*QUICK, *ASKING}))
 def test_so_are_all_the_others(name: str) -> None:
+    if missing := registry.lookup(name).missing_packages:
+        pytest.skip(f"{', '.join(missing)} is not installed")
     assert main(["test", name]) == 0
+
+
+def models(request: Request) -> Answer:
+    """A judge that compares and knows why the sky is blue, and a reward model that likes length."""
+    if "use_activation" in request:
+        score = len(request["messages"][-1]["content"]) / 100
+        return Answer(json.dumps({"data": [{"probs": [score]}]}).encode())
+    if "first" not in (texts := texts_in(request)):
+        return compares(request)
+    good = [place for place in ("first", "second") if "short waves" in texts[place]]
+    return completion(says(request, winner=good[0] if good else "tie"))
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_reward_that_asks_a_model_is_tried_with_the_one_that_is_given(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(models) as server:
+        endpoint = json.dumps({"base_url": server.url, "model": "m"})
+        assert main(["test", name, "--params", f"endpoint={endpoint}"]) == 0, capsys.readouterr().out
+    assert f"{name}: fit to train against" in capsys.readouterr().out
+    assert len(server.requests) > 10
+
+
+def test_without_a_model_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "preference"]) == 2
+    assert "rewards.components.preference.params.endpoint: must be given." in capsys.readouterr().err
+
+
+def test_every_built_in_reward_has_examples() -> None:
+    own = {name for name in registry.names() if registry.lookup(name).location.startswith(str(ROOT / "rewards"))}
+    assert own == set(EXAMPLES)
 
 
 FIVE = [row(f"{n}", f"{n}", f"Is it {n + 100}?", metadata={"level": 1}, expected=1) for n in range(1000, 1005)]

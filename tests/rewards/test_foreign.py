@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +16,11 @@ import pytest
 from rewards.foreign import Foreign
 from rewards.processes import Answer, Call, Failure, ProcessPool
 from rewards.registry import Abstain, RewardInput, Score
-from rewards.scorer import brought
+from rewards.scorer import Scorer, brought
+from rewards.scorer import _wait_s as scorer_wait_s
 from rlhf.config import RewardsConfig
 from rlhf.errors import ConfigError
+from rlhf.samples import Abstained, RewardValue, ScoredGroup
 
 THEIRS = """
 import re
@@ -202,10 +206,14 @@ class Server(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(request)
         how = request["query"][0].rpartition("What?")[2]
-        status = {"busy": 503, "refused": 400}.get(how, 200)
+        status = {"busy": 503, "refused": 400, "later": 429}.get(how, 200)
+        if how == "later" and sum(one["query"] == request["query"] for one in self.seen) > 1:
+            status = 200
         count = len(request["query"]) - (how == "short")
         body = "<html>" if how == "text" else json.dumps({"rewards": [0.5] * (count - 1) + [None]})
         self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "2")
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -237,6 +245,29 @@ def test_a_server_that_speaks_openrlhf_is_a_reward(url: str) -> None:
         "prompts": ["system text\n\nWhat?"] * 2,
         "labels": ["42", "42"],
     }
+
+
+def test_a_server_that_asks_to_wait_is_asked_again_when_that_is_over(
+    url: str, make_scored: Callable[..., ScoredGroup]
+) -> None:
+    component = {"url": url, "style": "openrlhf", "deadline_s": 30.0}
+    scorer = Scorer(RewardsConfig.model_validate({"components": {"remote": component}}))
+    group = make_scored((0.0, 0.0)).group
+    prompt = replace(group.rendered.prompt, messages=({"role": "user", "content": "What?"},), reward="remote")
+    samples = tuple(replace(sample, completion="later") for sample in group.samples)
+    started = time.monotonic()
+    try:
+        scored = scorer.score(replace(group, rendered=replace(group.rendered, prompt=prompt), samples=samples))
+    finally:
+        scorer.close()
+    assert [type(outcome) for outcome in scored.outcomes] == [RewardValue, Abstained]
+    assert time.monotonic() - started >= 2.0
+
+
+def test_a_server_may_ask_for_an_hour_and_gets_a_minute() -> None:
+    assert scorer_wait_s(Answer((Failure("transient", "busy", wait_s=3600.0),), 0.0), 1) == 60.0
+    assert 5.0 <= scorer_wait_s(Answer((Failure("transient", "busy", wait_s=5.0),), 0.0), 1) < 6.0
+    assert scorer_wait_s(Answer((Failure("transient", "busy"),), 0.0), 1) < 1.0
 
 
 def test_a_server_that_cannot_be_reached_is_a_transient_failure() -> None:

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
-from rewards.judge import JudgeBudgetError, JudgeRefusedError, JudgeReplyError, judge
-from rewards.judge.endpoint import Breaker, _Unavailable, backoff_s, retry_after_s
+from rewards.http_endpoint import (
+    Breaker,
+    EndpointBudgetError,
+    EndpointRefusedError,
+    EndpointReplyError,
+    _Unavailable,
+    backoff_s,
+    retry_after_s,
+)
+from rewards.judge import JudgeReplyError, judge
 from rewards.judge.forms import Form
 from rewards.registry import Score, TransientRewardError
 from tests.rewards.judge_server import (
@@ -75,14 +83,14 @@ def test_what_may_end_differently_is_tried_again(server: JudgeServer, bad: Answe
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 418, 422, 501])
 def test_a_refusal_is_not_tried_again(server: JudgeServer, status: int) -> None:
     server.rule = lambda _: Answer(b"no", status)
-    with pytest.raises(JudgeRefusedError, match=f"HTTP {status} 'no'"):
+    with pytest.raises(EndpointRefusedError, match=f"HTTP {status} 'no'"):
         ask(server, "Paris", {"structured": "always"})
     assert len(server.requests) == 1
 
 
 def test_a_redirect_is_a_refusal_and_takes_no_key_along(server: JudgeServer) -> None:
     server.rule = lambda _: Answer(b"", 307, {"Location": f"{server.url}/elsewhere"})
-    with pytest.raises(JudgeRefusedError, match="HTTP 307"):
+    with pytest.raises(EndpointRefusedError, match="HTTP 307"):
         ask(server, "Paris")
     assert len(server.requests) == 1
 
@@ -149,20 +157,20 @@ def test_waits_double_have_jitter_and_never_undercut_the_server() -> None:
 )  # fmt: skip
 def test_a_body_that_is_no_chat_completion_is_an_error(server: JudgeServer, body: bytes) -> None:
     server.rule = lambda _: Answer(body)
-    with pytest.raises(JudgeReplyError):
+    with pytest.raises(EndpointReplyError):
         ask(server, "Paris")
     assert len(server.requests) == 1
 
 
 def test_a_huge_body_is_not_read_to_its_end(server: JudgeServer) -> None:
     server.rule = lambda _: Answer(b" " * (1 << 22))
-    with pytest.raises(JudgeReplyError, match=r"more than endpoint\.max_reply_bytes = 65536 bytes"):
+    with pytest.raises(EndpointReplyError, match=r"more than endpoint\.max_reply_bytes = 65536 bytes"):
         ask(server, "Paris", {"max_reply_bytes": 1 << 16})
 
 
 def test_a_packed_body_is_not_unpacked(server: JudgeServer) -> None:
     server.rule = lambda _: Answer(GOOD, headers={"Content-Encoding": "gzip"})
-    with pytest.raises(JudgeReplyError, match="packs its replies"):
+    with pytest.raises(EndpointReplyError, match="packs its replies"):
         ask(server, "Paris")
 
 
@@ -384,7 +392,7 @@ def test_a_budget_that_is_spent_is_an_error_with_the_fix(
 ) -> None:
     (name,) = budget
     seen = ask_many(server, [f"City {row}" for row in range(6)], {"concurrency": 1}, budget=budget)
-    assert [type(one) for one in seen] == [Score] * sent + [JudgeBudgetError] * (6 - sent)
+    assert [type(one) for one in seen] == [Score] * sent + [EndpointBudgetError] * (6 - sent)
     assert f"budget.{name} = {budget[name]}" in str(seen[-1]) and f"Raise budget.{name}" in str(seen[-1])
 
 
@@ -419,15 +427,15 @@ def test_the_key_is_sent_and_shown_nowhere(server: JudgeServer, monkeypatch: pyt
     assert server.authorizations == [f"Bearer {KEY}"]
     for status in (401, 503):
         server.rule = lambda _, status=status: Answer(b"x" * 290 + f" bad key {KEY} ".encode(), status)
-        with pytest.raises((JudgeRefusedError, TransientRewardError)) as caught:
+        with pytest.raises((EndpointRefusedError, TransientRewardError)) as caught:
             ask(server, "Rome", endpoint)
         assert "sk-" not in str(caught.value)
     server.rule = lambda _: Answer(f"you sent {KEY}".encode())
-    with pytest.raises(JudgeReplyError) as seen:
+    with pytest.raises(EndpointReplyError) as seen:
         ask(server, "Rome", endpoint)
     assert "you sent ***" in str(seen.value)
     server.rule = lambda _: completion(f"VERDICT: your key is {KEY}")
-    with pytest.raises(JudgeReplyError, match="holds the API key"):
+    with pytest.raises(EndpointReplyError, match="holds the API key"):
         ask(server, "Rome", endpoint)
 
 

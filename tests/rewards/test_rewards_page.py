@@ -13,7 +13,10 @@ import pytest
 import yaml
 
 from rewards.foreign import Foreign, register
-from rlhf.config import RewardsConfig
+from rewards.parameter_groups import built
+from rewards.preference import ModelEndpoint
+from rlhf.config import RewardsConfig, ServerConfig
+from rlhf.servers import asked, with_placeholders
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -74,10 +77,16 @@ def test_functions_of_other_trainers_run_as_the_page_says(folder: Path, style: s
     assert values(told(folder, command(f"--style {style}"))) == expected
 
 
-def test_the_configuration_of_the_page_is_valid() -> None:
-    (text,) = (text for kind, _, text in BLOCKS if kind == "yaml")
-    config = RewardsConfig.model_validate(yaml.safe_load(text)["rewards"])
-    assert config.components["format"].gate == "routed"
+def test_the_configurations_of_the_page_are_valid() -> None:
+    texts = [yaml.safe_load(text) for kind, _, text in BLOCKS if kind == "yaml"]
+    own, elsewhere, served = [RewardsConfig.model_validate(text["rewards"]) for text in texts]
+    assert own.components["format"].gate == "routed"
+    assert not list(asked(elsewhere))
+    server = {name: ServerConfig.model_validate(one) for name, one in texts[2]["servers"].items()}["scores"]
+    assert [one.server for one in asked(served)] == ["scores"] and server.kind == "reward_model"
+    endpoint = with_placeholders(served, {"scores": server}).components["preference"].params["endpoint"]
+    for given in (endpoint, elsewhere.components["preference"].params["endpoint"]):
+        assert built(ModelEndpoint, "endpoint", given).model == "org/reward-model"
 
 
 def test_the_one_line_components_of_the_page_are_valid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ VALID: dict[str, Any] = {
     "algorithm": {"name": "grpo_icepop"},
     "rewards": {"components": {"math": {}}},
 }
+REWARD_NAMES = ["math", "judge", "judge_pairwise", "preference"]
 MISSING = object()
 COLLECT = {"kind": "collect"}
 
@@ -49,7 +50,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
         if value is MISSING:
             del place[last]
         else:
-            place[last] = value
+            place[last] = copy.deepcopy(value)
     return raw
 
 
@@ -422,6 +423,8 @@ def test_every_rule_has_a_test_here() -> None:
 WITH_GPUS = {"cluster.device": "cuda"}
 COLOCATED = {**WITH_GPUS, "cluster.placement": "colocated", "training.ranks": 2, "rollouts.num_engines": 2}
 SFT_ONLY = {"stages": {"sft": VALID["stages"]["sft"]}}
+CHAT = {"kind": "chat", "model": "org/judge"}
+OWN_JUDGE = {"servers.judge": CHAT, "rewards.components.judge.params": {"endpoint": {"server": "judge"}}}
 RULES: list[tuple[str, dict[str, Any], str]] = [
     (
         "stage_names_are_safe",
@@ -713,6 +716,76 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
         "rewards.components.math.weight_schedule = [[0, nan]]: weights must be finite numbers",
     ),
     (
+        "server_names_are_safe",
+        {"servers": {"a b": CHAT}, "rewards.components.judge.params": {"endpoint": {"server": "a b"}}},
+        "servers.a b = {...}: a server name must be letters, digits, _ and -",
+    ),
+    (
+        "servers_that_are_asked_exist",
+        {"rewards.components.judge.params": {"endpoint": {"server": "judge"}}},
+        "rewards.components.judge.params.endpoint.server = judge: must be one of servers. No server of this name is in "
+        "servers. There are none.",
+    ),
+    (
+        "servers_that_are_asked_exist",
+        {**OWN_JUDGE, "rewards.components.judge_pairwise.params": {"endpoint": {"server": "jugde"}}},
+        "rewards.components.judge_pairwise.params.endpoint.server = jugde: must be one of servers. No server of this "
+        "name is in servers. Did you mean judge?",
+    ),
+    (
+        "every_server_is_asked",
+        {"servers.judge": CHAT},
+        "servers.judge = {...}: must be asked by a reward. It would hold its share of the machine for nothing.",
+    ),
+    (
+        "servers_are_of_the_kind_that_is_asked",
+        {**OWN_JUDGE, "servers.judge": {**CHAT, "kind": "reward_model"}},
+        "servers.judge.kind = reward_model: must be chat. rewards.components.judge.params.endpoint.server names it, "
+        "and judge asks /v1/chat/completions. Set it to chat, or name another server.",
+    ),
+    (
+        "servers_are_of_the_kind_that_is_asked",
+        {"servers.s": CHAT, "rewards.components.preference.params": {"endpoint": {"server": "s"}}},
+        "servers.s.kind = chat: must be reward_model",
+    ),
+    (
+        "an_endpoint_is_of_the_run_or_elsewhere",
+        {**OWN_JUDGE, "rewards.components.judge.params.endpoint.base_url": "http://h/v1"},
+        "rewards.components.judge.params.endpoint.base_url = http://h/v1: must be null with server: judge",
+    ),
+    (
+        "an_endpoint_is_of_the_run_or_elsewhere",
+        {**OWN_JUDGE, "rewards.components.judge.params.endpoint.api_key_env": "KEY"},
+        "rewards.components.judge.params.endpoint.api_key_env = KEY: must be null",
+    ),
+    (
+        "replies_fit_the_context_of_their_server",
+        {**OWN_JUDGE, "rewards.components.judge.params.endpoint.max_tokens": 4096},
+        "rewards.components.judge.params.endpoint.max_tokens = 4096: must be less than "
+        "servers.judge.max_context_tokens = 4096",
+    ),
+    (
+        "server_flags_have_one_place",
+        {**OWN_JUDGE, "servers.judge.args": {"max_model_len": 5}},
+        "servers.judge.args.max_model_len = 5: must not be set here. A field of the server sets it. "
+        "Set servers.judge.max_context_tokens.",
+    ),
+    (
+        "server_flags_have_one_place",
+        {**OWN_JUDGE, "servers.judge.args": {"--api-key": "hunter2"}},
+        "servers.judge.args.--api-key = ...: must not be set. The run decides",
+    ),
+    (
+        "server_flags_have_one_place",
+        {**OWN_JUDGE, "servers.judge.args": {"--quantization": "fp8"}},
+        "servers.judge.args.--quantization = fp8: must be without leading hyphens",
+    ),
+    (
+        "servers_on_cpu_are_one_process",
+        {**OWN_JUDGE, "servers.judge.tensor_parallel_size": 2},
+        "servers.judge.tensor_parallel_size = 2: must be 1 on cpu",
+    ),
+    (
         "gates_are_other_components",
         {"rewards.components.format": {"applies": "always", "gate": "mth", "path": "a.py:f"}},
         "rewards.components.format.gate = mth: must be a component or routed. No component of this name is in "
@@ -858,7 +931,7 @@ def _no_wandb_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("rule", "changes", "wanted"), RULES, ids=[f"{rule}-{n}" for n, (rule, *_) in enumerate(RULES)]
 )
 def test_a_broken_rule_is_told_by_its_key_value_reason_and_fix(rule: str, changes: dict[str, Any], wanted: str) -> None:
-    assert only_problem(changes, reward_names=["math"]).startswith(wanted)
+    assert only_problem(changes, REWARD_NAMES).startswith(wanted)
 
 
 @pytest.mark.parametrize(
