@@ -189,7 +189,8 @@ def _token_at(logprobs: Any, reply: str, at: int) -> list[tuple[str, float]] | N
     if not isinstance(logprobs, list) or not all(isinstance(entry, dict) for entry in logprobs):
         return None
     tokens = [entry.get("token") for entry in logprobs]
-    if not all(isinstance(token, str) for token in tokens) or "".join(tokens) != reply:
+    # vLLM lists the token that ended the reply too, which the text does not have.
+    if not all(isinstance(token, str) for token in tokens) or not "".join(tokens).startswith(reply):
         return None
     end = 0
     for entry in logprobs:

@@ -89,13 +89,17 @@ def test_where_the_final_answer_is_can_be_chosen(
     assert [texts_in(request)["candidate"] for request in server.requests] == ([sent] if sent else [])
 
 
-def test_token_probabilities_grade_the_verdict_where_the_server_returns_them(server: JudgeServer) -> None:
+@pytest.mark.parametrize("end", [[], [{"token": "<|im_end|>", "logprob": 0.0}]])
+def test_token_probabilities_grade_the_verdict_where_the_server_returns_them(
+    server: JudgeServer, end: list[dict[str, Any]]
+) -> None:
     def unsure(request: Request) -> Answer:
         content = says(request, verdict="correct")
         head, _, tail = content.rpartition("correct")
         top = [{"token": "correct", "logprob": math.log(0.6)}, {"token": "in", "logprob": math.log(0.2)}]
         entries = [{"token": head, "logprob": 0.0}, {"token": "correct", "logprob": -0.5, "top_logprobs": top}]
-        return completion(content, logprobs=[*entries, *([{"token": tail, "logprob": 0.0}] if tail else [])])
+        entries += [{"token": tail, "logprob": 0.0}] if tail else []
+        return completion(content, logprobs=[*entries, *end])
 
     server.rule = unsure
     for structured in ("always", "never"):
