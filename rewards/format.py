@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.answers import last_boxed
-from rewards.registry import THINK_CLOSE, THINK_OPEN, RewardInput, Score, reward
+from rewards.registry import RewardInput, Score, reward
 from rlhf.errors import DataError
+from rlhf.thinking import THINK_CLOSE, THINK_OPEN
 
 SPECIAL_MARKUP = re.compile(
     r"</?think>|</?tool_call>|<\|[^|<>\n]{1,40}\|>|\[\|[^|\[\]\n]{1,40}\|\]"

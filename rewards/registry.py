@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from rlhf.errors import ConfigError, GroupwiseError, did_you_mean
+from rlhf.thinking import THINK_CLOSE, THINK_OPEN
 
 BUILTIN_MODULES = (
     "rewards.chart",
@@ -52,8 +53,6 @@ BUILTIN_MODULES = (
     "rewards.repetition",
     "rewards.science",
 )
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 # --- what a reward sees and returns -----------------------------------------------------------------------------------

@@ -181,12 +181,6 @@ def preference_rows(units: Sequence[PreferenceUnit]) -> Rows:
     return completion_rows([completion for unit in units for completion in unit.completions])
 
 
-def rows_of_units(units: Sequence[PreferenceUnit], numbers: Sequence[int]) -> Tensor:
-    """Where in `preference_rows(units)` the rows of the units with these `numbers` are, in the order of `numbers`."""
-    ends = torch.tensor([len(unit.completions) for unit in units]).cumsum(0)
-    return torch.cat([torch.arange(int(ends[n]) - len(units[n].completions), int(ends[n])) for n in numbers])
-
-
 def supervised_batch(examples: Sequence[TokenizedExample], weigh: Weigh) -> SupervisedBatch:
     """Examples as one optimiser step."""
     rows = completion_rows(examples)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.errors import ConfigError
 from rlhf.samples import Prompt
+from rlhf.thinking import THINK_CLOSE, THINK_OPEN
 from rollouts.rows import (
     BrokenRecord,
     FileSource,
@@ -23,7 +24,6 @@ from rollouts.rows import (
 )
 
 ROLES = ("system", "user", "assistant", "tool")
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 Messages = tuple[Mapping[str, str], ...]
 

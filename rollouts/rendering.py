@@ -10,12 +10,10 @@ from jinja2.exceptions import TemplateError
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.samples import Demonstration, Prompt, RenderedPrompt, TokenizedExample
+from rlhf.thinking import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-THINK_OPEN = "<think>"
-THINK_CLOSE = "</think>\n\n"
 
 _PROBE = ({"role": "user", "content": "probe"},)
 
@@ -85,7 +83,7 @@ class Renderer:
             return content
         thoughts = reasoning + "\n" if reasoning else ""
         unopened = "" if opening else THINK_OPEN + "\n"
-        return unopened + thoughts + THINK_CLOSE + content
+        return f"{unopened}{thoughts}{THINK_CLOSE}\n\n{content}"
 
     def _prompt_ids(self, prompt: Prompt, reasoning_mode: bool) -> list[int]:
         try:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from rewards.registry import THINK_OPEN
 from rlhf.errors import DataError
 from rlhf.samples import (
     Abstained,
@@ -24,6 +23,7 @@ from rlhf.samples import (
     SampleGroup,
     VersionSpan,
 )
+from rlhf.thinking import THINK_OPEN
 
 MAX_PROBLEMS = 20
 MAX_GROUP = 256
