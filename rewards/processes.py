@@ -82,9 +82,9 @@ class ProcessPool:
 
         Raises WorkerLostError when the pool is closed, before or meanwhile.
         """
-        beside = [row for row, call in enumerate(calls) if self._is_async(call)]
+        is_async = [self._is_async(call) for call in calls]
+        beside, alone = ([row for row, one in enumerate(is_async) if one is wanted] for wanted in (True, False))
         pending = self._lane.submit([calls[row] for row in beside])
-        alone = [row for row in range(len(calls)) if row not in set(beside)]
         answers: dict[int, Answer | None] = dict(zip(alone, self._run([calls[row] for row in alone]), strict=True))
         answers |= {row: future.result() for row, future in zip(beside, pending, strict=True)}
         suspects = [row for row, answer in answers.items() if answer is None]

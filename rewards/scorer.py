@@ -75,9 +75,8 @@ class Scorer:
         inputs = tuple(reward_input(group.rendered, sample) for sample in group.samples)
         calls = [call for name in names for call in self._calls(name, inputs)]
         judged = self._judged(calls)  # component by component, each in the order of the samples
-        outcomes = tuple(
-            self._outcome(group, sample, judged[row :: len(inputs)]) for row, sample in enumerate(group.samples)
-        )
+        version = group.first_version  # of all samples: asked for once
+        outcomes = tuple(self._outcome(group.prompt, version, judged[row :: len(inputs)]) for row in range(len(inputs)))
         return ScoredGroup(group, outcomes, time.perf_counter() - started)
 
     def metrics(self) -> Mapping[str, float]:
@@ -172,18 +171,18 @@ class Scorer:
 
     # --- what they add up to ------------------------------------------------------------------------------------------
 
-    def _outcome(self, group: SampleGroup, sample: Sample, judged: Sequence[Judged]) -> RewardOutcome:
+    def _outcome(self, prompt: Prompt, version: int, judged: Sequence[Judged]) -> RewardOutcome:
+        """What a sample of a group comes to; `version`, of the whole group, says what each component weighs."""
         for item in judged:
             if isinstance(item.verdict, Failure):
                 return self._failed(item, item.verdict)
-        prompt = group.prompt
         scores = {item.component: item.verdict for item in judged if isinstance(item.verdict, Score)}
         for item in judged:
             matters = item.component == prompt.reward or self._counts(item.component, scores, prompt)
             if isinstance(item.verdict, Abstain) and matters:
                 return Abstained(item.component, item.verdict.reason)
         # One weight for the whole group: its rewards are compared with each other.
-        return self._value(prompt, scores, group.first_version)
+        return self._value(prompt, scores, version)
 
     def _counts(self, name: str, scores: Mapping[str, Score], prompt: Prompt) -> bool:
         """The component has no gate, or an open one: that ran, counts itself and says that the sample is correct."""

@@ -188,23 +188,23 @@ class Sandbox:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._out_of_memory() or Breach("timeout", "gave no answer in time")
-            step = left if self._group is not None else min(left, WATCH_EVERY_S)
-            if events := poll.poll(step * 1000):
+            if events := poll.poll(min(left, WATCH_EVERY_S) * 1000):
                 return events
-            if self._group is None:
-                self._watch()
+            self._watch()
 
     def _watch(self) -> None:
-        """Where there is no control group: raise Breach when the processes together hold too much."""
+        """Raise Breach when the processes together hold too much of what the kernel does not bound by itself."""
         pids = _descendants(self._process.pid)
-        used = sum(map(_resident_bytes, pids))
-        if len(pids) > self._limits.processes + 8:
-            raise Breach("memory", f"ran more than {self._limits.processes} processes")
-        if used > self._limits.memory_bytes or self._tmp_files(pids) > self._limits.tmp_files:
-            bound = f"{self._limits.memory_bytes} bytes or {self._limits.tmp_files} files"
-            raise Breach("memory", f"used more than {bound}")
+        if self._group is None:
+            if len(pids) > self._limits.processes + 8:
+                raise Breach("memory", f"ran more than {self._limits.processes} processes")
+            if sum(map(_resident_bytes, pids)) > self._limits.memory_bytes:
+                raise Breach("memory", f"used more than {self._limits.memory_bytes} bytes")
+        if self._tmp_files(pids) > self._limits.tmp_files:
+            raise Breach("memory", f"made more than {self._limits.tmp_files} files in /tmp")
 
     def _tmp_files(self, pids: Sequence[int]) -> int:
+        """Files in /tmp where its file system has no bound on them: bubblewrap can set none."""
         if self._tier is not Tier.STRONG or len(pids) < 2:
             return 0
         with suppress(OSError):

@@ -90,6 +90,12 @@ def test_memory_and_time_are_bounded(tier: Tier) -> None:
     assert eaten.outcomes[0].kind in ("memory", "raised", "ended")
 
 
+def test_files_are_bounded_however_much_time_there_is(tier: Tier) -> None:
+    source = "def f(x):\n    for n in range(200000): open(f'/tmp/{n}', 'w').close()\n    return x * x"
+    result = grade(source, parse(SQUARE), Limits(wall_s=60, test_s=60), tier=tier)
+    assert result.outcomes[0].kind in ("memory", "raised")
+
+
 # --- the reward -------------------------------------------------------------------------------------------------------
 
 
