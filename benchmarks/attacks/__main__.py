@@ -101,7 +101,7 @@ def write(path: Path, results: Sequence[Result], baselines: dict[str, float], le
     groups = [dict(zip(HEADER, _row(f, t, _of(results, f, t)), strict=True)) for f, t in _groups(results)]
     document = {
         "date": datetime.now().isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
         "honest_job_median_ms": {tier: seconds * 1000 for tier, seconds in baselines.items()},
         "tiers_left_out": left_out,
         "failed": sum(not result.holds for result in results),
