@@ -90,6 +90,7 @@ def test_the_preference_pipeline_filters_collects_and_trains_on_what_it_collecte
     assert all(first[name]["optim/grad_norm"] > 0 for name in first)
 
 
+@pytest.mark.slow
 def test_reference_log_probs_and_filter_counts_are_computed_once_for_one_model_and_data(run):
     base = ("~stages.rl", "~stages.sft", f"+stages.filter={STAGES[5].partition('=')[2]}")
     file = f"{REPOSITORY}/tests/integration/pairs.jsonl"
