@@ -23,19 +23,26 @@ from rlhf.errors import DeadlineError, GroupwiseError, WorkerLostError
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One process the run starts: what Ray must reserve for it. `bundle` is its place in the placement group."""
+    """One process the run starts: what Ray must reserve for it. `bundle` is its place in the placement group.
+
+    `threads` is the size of the thread pool that its numerical libraries get.
+    """
 
     name: str
     cpus: float
     gpus: float
     bundle: int
+    threads: int = 1
 
 
 def roles(config: RunConfig) -> list[Role]:
     """Every worker of the run with its share of the machine. Colocated learners and engines halve a GPU."""
     cluster, on_gpu = config.cluster, config.cluster.device == "cuda"
     share = 0.5 if cluster.placement == "colocated" else 1.0
-    learners = [Role(f"learner-{i}", cluster.cpus_per_learner, share * on_gpu, i) for i in range(config.training.ranks)]
+    threads = learner_threads(config, os.cpu_count() or 1)
+    learners = [
+        Role(f"learner-{i}", cluster.cpus_per_learner, share * on_gpu, i, threads) for i in range(config.training.ranks)
+    ]
     first = 0 if cluster.placement == "colocated" else len(learners)
     gpus = share * config.rollouts.tensor_parallel_size * on_gpu
     engines = [
@@ -49,6 +56,19 @@ def roles(config: RunConfig) -> list[Role]:
         for i, (name, server) in enumerate(config.servers.items())
     ]
     return [*learners, *engines, *graders, *servers]
+
+
+def learner_threads(config: RunConfig, cores: int) -> int:
+    """Threads of one learner rank on a machine with so many cores.
+
+    Engines keep one thread each: generation of small batches gets slower with more. Learners of a synchronous run have
+    the machine to themselves while they work; with staleness they share it with the engines.
+    """
+    ranks, cluster = config.training.ranks, config.cluster
+    if cluster.device != "cpu" or cluster.address is not None:
+        return max(1, int(cluster.cpus_per_learner))
+    busy = config.rollouts.num_engines if config.rollouts.max_staleness else 0
+    return max(1, (cores - busy) // ranks)
 
 
 def bundles(config: RunConfig) -> list[dict[str, float]]:
@@ -92,8 +112,7 @@ class Cluster:
 
     def options(self, role: Role, environment: dict[str, str]) -> dict[str, Any]:
         """Ray actor options for `role`, with the environment variables its process starts with."""
-        threads = str(self._config.cluster.threads_per_process)
-        variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(_python_path()), **environment}
+        variables = {"OMP_NUM_THREADS": str(role.threads), "PYTHONPATH": os.pathsep.join(_python_path()), **environment}
         assert self._group is not None
         return {
             "num_cpus": role.cpus,

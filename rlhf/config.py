@@ -27,7 +27,6 @@ class Section(BaseModel):
 class CommonModel(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_context_tokens: Positive = 256  # prompt + completion
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of the learner
     trust_remote_code: bool = False
 
 
@@ -271,8 +270,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     ranks: Positive = 2
     zero_stage: Literal[1, 2, 3] = 2
-    micro_batch_size: Positive = 32  # rows per forward and rank
-    packing: bool = False  # rows of a micro-batch as one without padding; saves most with flash_attention_2
+    token_budget: Positive | None = None  # most tokens of a micro-batch; None: the context, and 4,096 at least
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -418,7 +416,6 @@ class ClusterConfig(Section):
     placement: Literal["split", "colocated"] = "split"
     cpus_per_learner: Annotated[float, Field(gt=0.0)] = 1.0
     cpus_per_engine: Annotated[float, Field(gt=0.0)] = 1.0
-    threads_per_process: Positive = 1
     oversubscribe_cpus: bool = True  # local CPU runs: more processes than cores is fine, they take turns
     start_deadline_s: Seconds = 300.0
 
@@ -474,6 +471,11 @@ class RunConfig(Section):
         if isinstance(stage, SftStage):
             return AlgorithmConfig(name="sft")
         return (stage.algorithm or self.algorithm).with_absolute_modules()
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch, on each rank."""
+        return self.training.token_budget or max(4096, self.model.max_context_tokens)
 
     @property
     def transport(self) -> str:

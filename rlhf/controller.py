@@ -1,25 +1,27 @@
 """The loop of online RL.
 
     prompts -> rollouts -> rewards -> selection    (the rollout source: StalenessBuffer)
-            -> RolloutBatch -> AnnotatedBatch -> TrainBatch -> UpdateReport -> next weight version
+            -> RolloutBatch -> HeldStep -> UpdateReport -> next weight version
 
 Synchronous training is `max_staleness: 0`; there is no second loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.batches import AnnotatedBatch, TrainBatch, UpdateReport, annotated, rollout_batch, train_batch
+from rlhf.batches.ragged import RolloutBatch, rollout_batch
 from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
-from rlhf.mismatch import mismatch_metrics
+from rlhf.mismatch import without_redundant_fresh
 from rlhf.phases import Phases
-from rlhf.protocols import LearnerGroup, Publisher, RolloutSource, SyncReport
+from rlhf.protocols import HeldStep, LearnerGroup, Publisher, RolloutSource, SyncReport, UpdateReport
 from rlhf.samples import ScoredGroup, WeightVersion
 from rlhf.selection import Arrivals
 
@@ -30,12 +32,20 @@ class StepRecord:
 
     step: int
     groups: Sequence[ScoredGroup]
-    batch: AnnotatedBatch
-    advantages: torch.Tensor
+    batch: RolloutBatch
+    advantages: Tensor
     updates: Sequence[UpdateReport]
     sync: SyncReport
-    mismatch: dict[str, float]
     arrived: Arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class FailedUpdate:
+    """The optimiser step that was not finite: `part` int64 [n] are the numbers of its samples in `batch`."""
+
+    batch: RolloutBatch
+    part: np.ndarray
+    advantages: Tensor
 
 
 @dataclass(slots=True)
@@ -51,7 +61,7 @@ class Controller:
     correct_at: float
     updates_per_step: int
     observe: Callable[[StepRecord], None]
-    dump: Callable[[TrainBatch], None]
+    dump: Callable[[FailedUpdate], None]
     phase: Phases = field(default_factory=Phases)
 
     def run(self, steps: int) -> None:
@@ -64,64 +74,57 @@ class Controller:
         with self.phase("rollout"):
             groups = self.rollouts.take(self.version)
         with self.phase("annotate"):
-            batch = self._annotate(groups)
+            batch = rollout_batch(groups, self.version, self.correct_at)
+            parts = optimiser_steps(batch, self.updates_per_step)
+            held = self.learners.hold(batch, parts)
         with self.phase("advantage"):
-            advantages = self.algorithm.advantages(batch)
-            parts = list(self._optimiser_steps(batch, advantages))
+            advantages = self.algorithm.advantages(batch.samples, held.kl_nats)
         with self.phase("update"):
-            updates = [self._update(part) for part in parts]
+            updates = [self._update(held, number, batch, part, advantages) for number, part in enumerate(parts)]
         with self.phase("sync"):
             sync = self.publisher.publish(self.version + 1)
         self.version += 1
         for group in groups:
             self.ledger.close(group.group.group_id, "trained", step)
         self.ledger.check()
-        return StepRecord(
-            step, groups, batch, advantages, updates, sync, mismatch_metrics(batch), self.rollouts.arrived
-        )
+        return StepRecord(step, groups, batch, advantages, updates, sync, self.rollouts.arrived)
 
-    def _update(self, batch: TrainBatch) -> UpdateReport:
+    def _update(
+        self, held: HeldStep, number: int, batch: RolloutBatch, part: np.ndarray, advantages: Tensor
+    ) -> UpdateReport:
+        weights = torch.zeros(len(batch.samples))
+        weights[part] = self.algorithm.sample_weights(batch.samples.completion_tokens[part])
         try:
-            return self.learners.update(batch)
+            return held.update(number, advantages, weights)
         except NonFiniteError:
-            self.dump(batch)
+            self.dump(FailedUpdate(batch, part, advantages))
             raise
 
-    def _annotate(self, groups: Sequence[ScoredGroup]) -> AnnotatedBatch:
-        batch = rollout_batch(groups, self.version, self.correct_at)
-        proximal = self.learners.logprobs(batch)
-        if self.algorithm.needs.reference_logprobs:
-            return annotated(batch, proximal, self.learners.reference_logprobs(batch))
-        return annotated(batch, proximal)
 
-    def _optimiser_steps(self, batch: AnnotatedBatch, advantages: torch.Tensor) -> Iterator[TrainBatch]:
-        """The batch split by whole groups into one TrainBatch for each optimiser step."""
-        for groups in torch.unique(batch.group_index).tensor_split(self.updates_per_step):
-            index = torch.nonzero(torch.isin(batch.group_index, groups)).squeeze(-1)
-            if len(index):
-                rows = batch.rows(index)
-                yield train_batch(rows, advantages[index], self.algorithm.token_weights(rows.loss_mask))
+def optimiser_steps(batch: RolloutBatch, updates: int) -> list[np.ndarray]:
+    """The numbers of the samples of each optimiser step: whole groups, `updates` parts or fewer."""
+    index = batch.samples.group_index
+    parts = torch.unique(index).tensor_split(updates)
+    return [torch.nonzero(torch.isin(index, groups)).squeeze(-1).numpy() for groups in parts if len(groups)]
 
 
 def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str, float]:
     """The metrics of one step under the names of the documentation; units are in the keys."""
-    batch, updates = record.batch, record.updates
-    tokens = batch.loss_mask.sum(-1).float()
+    samples, updates = record.batch.samples, record.updates
     trained = sum(update.trained_tokens for update in updates)
     counts = ledger.counts()
     seconds = sum(phases.step.values())
     return {
         **record.arrived.metrics(),
         "trained/groups": len(record.groups),
-        "trained/reward_mean": float(batch.rewards.mean()),
-        "trained/completion_tokens": float(tokens.mean()),
+        "trained/reward_mean": float(samples.rewards.mean()),
+        "trained/completion_tokens": float(samples.completion_tokens.float().mean()),
         "advantage/abs_mean": float(record.advantages.abs().mean()),
         "rollout/generate_s": _mean([group.group.generate_s for group in record.groups]),
         "rollout/score_s": _mean([group.score_s for group in record.groups]),
-        "staleness/mean_steps": float(batch.staleness.float().mean()),
-        "staleness/max_steps": float(batch.staleness.max()),
-        **_mean_of_updates(updates),
-        **record.mismatch,
+        "staleness/mean_steps": float(samples.staleness.float().mean()),
+        "staleness/max_steps": float(samples.staleness.max()),
+        **without_redundant_fresh(_mean_of_updates(updates), samples.staleness),
         "policy/loss": _mean([update.loss for update in updates]),
         "optim/grad_norm": _mean([update.grad_norm for update in updates]),
         "optim/learning_rate": updates[-1].learning_rate,

@@ -37,6 +37,14 @@ class DataError(GroupwiseError):
     """A record or a data source breaks a rule; the message names the file, the line and the field."""
 
 
+class OutOfMemoryError(GroupwiseError):
+    """A learner ran out of memory; the message names the settings that would have helped."""
+
+
+class StorageError(GroupwiseError):
+    """A file or directory cannot be written; the message names the path, the space it needs and what is free."""
+
+
 class RewardFailureError(GroupwiseError):
     """More rewards failed than the error budget allows; carries the author's traceback."""
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from rlhf.batches import AnnotatedBatch
+from rlhf.batches import TrainBatch
+
+MISMATCH = "mismatch"
+FRESH = "mismatch/fresh"
 
 
-def mismatch_metrics(batch: AnnotatedBatch) -> dict[str, float]:
-    """Of rollout versus proximal log-probs over all completion tokens of all ranks, before any truncation.
+@torch.no_grad()
+def mismatch_gaps(batch: TrainBatch) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+    """Prefix -> (metrics [B, T], mask [B, T]) of rollout against proximal log-probs, before any truncation.
 
-    `mismatch/kl_nats` is the mean of rollout minus proximal (the k1 estimate of KL(rollout || proximal)). Fresh samples
-    (staleness 0) are also given alone: there only numerics can differ, so what they lack to the whole is the change of
-    the policy.
+    The mean of `kl_nats`, rollout minus proximal, is the k1 estimate of KL(rollout || proximal). Fresh samples
+    (staleness 0) are also given alone: there only numerics can differ, so the difference from the overall figure is
+    policy drift.
     """
-    out = _of_tokens(batch.loss_mask, batch, "mismatch")
+    gap = batch.rollout_logprobs - batch.proximal_logprobs
     fresh = batch.loss_mask & (batch.staleness == 0)[:, None]
-    if bool(fresh.any()) and not bool(fresh[batch.loss_mask].all()):
-        out |= _of_tokens(fresh, batch, "mismatch/fresh")
-    return out
-
-
-def _of_tokens(mask: torch.Tensor, batch: AnnotatedBatch, prefix: str) -> dict[str, float]:
-    gap = (batch.rollout_logprobs - batch.proximal_logprobs)[mask].double()
     return {
-        f"{prefix}/kl_nats": gap.mean().item(),
-        f"{prefix}/abs_gap_nats": gap.abs().mean().item(),
-        f"{prefix}/abs_gap_nats_max": gap.abs().max().item(),
+        MISMATCH: ({f"{MISMATCH}/kl_nats": gap, f"{MISMATCH}/abs_gap_nats": gap.abs()}, batch.loss_mask),
+        FRESH: ({f"{FRESH}/kl_nats": gap, f"{FRESH}/abs_gap_nats": gap.abs()}, fresh),
     }
+
+
+def without_redundant_fresh(metrics: dict[str, float], staleness: Tensor) -> dict[str, float]:
+    """The metrics of a step less those of fresh samples, unless it has both fresh and stale samples."""
+    fresh = staleness == 0
+    if bool(torch.any(fresh)) and not bool(torch.all(fresh)):
+        return metrics
+    return {name: value for name, value in metrics.items() if not name.startswith(f"{FRESH}/")}

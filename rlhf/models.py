@@ -27,6 +27,7 @@ from transformers import (
     Exaone4Config,
     Exaone4ForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.config import Exaone4TinyModel, HuggingFaceModel, ModelConfig, SmolLM2Model
 from rlhf.errors import ConfigError
+from rlhf.training.model_files import ModelFiles
 
 CONTROL_TOKENS = (
     "[PAD]", "[BOS]", "[EOS]", "[|system|]", "[|user|]", "[|assistant|]", "[|tool|]", "[|endofturn|]",
@@ -134,22 +136,37 @@ def load_policy(
     Dropout is off, so log-probs recomputed in training mode equal those of evaluation mode; there is no key-value
     cache. Gradient checkpointing is the non-reentrant kind and acts only in training mode.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    config.use_cache = False
-    _switch_off_dropout(config)
+    config = policy_config(path, trust_remote_code=trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=_torch_dtype(dtype),
+            dtype=torch_dtype(dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
         )
     except ImportError as error:
-        fix = f'Install what it needs, or set model.attention to "sdpa". ({error})'
-        raise ConfigError(
-            [f"model.attention = {attention}: must be available here. It cannot be imported. {fix}"]
-        ) from error
+        raise attention_error(attention, error) from error
+    return in_training_mode(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def policy_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of the model at `path`, without dropout and without a key-value cache."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config.use_cache = False
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def attention_error(attention: str, error: ImportError) -> ConfigError:
+    fix = f'Install what it needs, or set model.attention to "sdpa". ({error})'
+    return ConfigError([f"model.attention = {attention}: must be available here. It cannot be imported. {fix}"])
+
+
+def in_training_mode(model: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Switch on training mode and, where asked for, gradient checkpointing of the non-reentrant kind."""
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -159,17 +176,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _torch_dtype(dtype: str) -> torch.dtype:
+def torch_dtype(dtype: str) -> torch.dtype:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise ConfigError([f"model.dtype = {dtype}: must be float32 or bfloat16. Set one of the two."])
     return dtypes[dtype]
-
-
-def _switch_off_dropout(config: Any) -> None:
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
 
 
 # --- exaone4_tiny -----------------------------------------------------------------------------------------------------
@@ -298,6 +309,7 @@ def _looks_local(path: str) -> bool:
 
 def _checked_local_model(key: str, local: Path) -> Path:
     if (local / "config.json").is_file():
+        ModelFiles(local)  # a missing or damaged file is said now, not by a worker
         return local
     fix = "Point it at a directory written by save_pretrained."
     raise ConfigError([f"model.path = {key}: must hold a Hugging Face model. {local} has no config.json. {fix}"])

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config import (
-    AlgorithmConfig,
     CollectStage,
     FilterStage,
-    OptimizerConfig,
     PreferenceStage,
     RlStage,
     SftStage,
-    StageConfig,
     TrainingStage,
 )
 from rlhf.stages import collect, preference, prefilter, rl, sft
@@ -45,7 +42,7 @@ class Pipeline:
         """All stages. The policy of each that trains is left in `checkpoints/<stage>`, that of the last in `policy`."""
         stages = self.context.config.stages
         training = [name for name, stage in stages.items() if isinstance(stage, TrainingStage)]
-        self._start(stages)
+        self._start()
         for name, stage in stages.items():
             started = time.monotonic()
             outcome = RUN[type(stage)](self.context, name, stage)
@@ -56,11 +53,10 @@ class Pipeline:
                 self.context.parts.learners.save_policy(self.context.policy)
                 self._evaluate(name)
 
-    def _start(self, stages: Mapping[str, StageConfig]) -> None:
+    def _start(self) -> None:
         """The first weight version: what the engines loaded is proven to be what the learners hold."""
-        context, first = self.context, next(iter(stages.values()))
-        optimizer = first.optimizer if isinstance(first, TrainingStage) else OptimizerConfig(learning_rate=1e-6)
-        context.parts.learners.load(context.policy, optimizer, 1, AlgorithmConfig(name="sft"))
+        context = self.context
+        context.parts.learners.load_model(context.policy)
         context.parts.connect()
         context.publish()
         if context.config.evaluation.before:

@@ -16,7 +16,6 @@ from rlhf.config import (
     StageConfig,
     TrainingStage,
 )
-from rlhf.training.batching import micro_batches_of
 
 Section = tuple[str, list[tuple[str, object]]]
 
@@ -63,7 +62,8 @@ def _processes(config: RunConfig) -> list[tuple[str, object]]:
 
 
 def _share(role: Role) -> str:
-    return f"{role.cpus:g} CPU" + (f", {role.gpus:g} GPU" if role.gpus else "")
+    threads = f", {role.threads} threads" if role.threads > 1 else ""
+    return f"{role.cpus:g} CPU" + (f", {role.gpus:g} GPU" if role.gpus else "") + threads
 
 
 def _stage(config: RunConfig, stage: StageConfig) -> list[tuple[str, object]]:
@@ -103,7 +103,7 @@ def _preference(config: RunConfig, stage: PreferenceStage) -> list[tuple[str, ob
         collect = config.stages.get(stage.data)
     what, epochs = f"{stage.batch_size} {data} of {_named(stage.data)}", f"{stage.epochs:g} epoch(s)"
     if data == "pairs":
-        return _training(config, stage, what, stage.batch_size, epochs, rows_per_unit=2)
+        return _training(config, stage, what, 2 * stage.batch_size, epochs)
     if isinstance(collect, CollectStage):
         return _training(config, stage, what, stage.batch_size * collect.group_size, epochs)
     # Only the file knows how many completions its groups have.
@@ -111,16 +111,15 @@ def _preference(config: RunConfig, stage: PreferenceStage) -> list[tuple[str, ob
 
 
 def _training(
-    config: RunConfig, stage: TrainingStage, what: str, units: int, steps: object, *, rows_per_unit: int = 1
+    config: RunConfig, stage: TrainingStage, what: str, sequences: int, steps: object
 ) -> list[tuple[str, object]]:
-    """The rows of a stage that trains `units` an update; the rows of one unit are never split."""
-    ranks, size = config.training.ranks, max(1, config.training.micro_batch_size // rows_per_unit)
-    count, rows = micro_batches_of(units, ranks, size), units * rows_per_unit
+    """The rows of a stage that trains `sequences` an update."""
+    ranks, budget = config.training.ranks, config.token_budget
     optimizer = stage.optimizer
     return [
         ("algorithm", config.algorithm_of(stage).name),
         ("steps", steps),
         ("a step", what),
-        ("an update", f"{rows} rows = {ranks} ranks x {count} micro-batches x up to {size * rows_per_unit}"),
+        ("an update", f"{sequences} sequences over {ranks} ranks, packed into micro-batches of {budget} tokens"),
         ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.warmup_steps} warm-up, {optimizer.schedule}"),
     ]

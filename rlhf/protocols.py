@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
-from rlhf.batches import Batch, Rows, UpdateReport
+from rlhf.batches.ragged import OptimiserStep, RolloutBatch, Sequences
 from rlhf.config import AlgorithmConfig, OptimizerConfig
 from rlhf.evaluation import EvaluationResult
 from rlhf.samples import ScoredGroup, WeightVersion
@@ -26,25 +28,63 @@ class SyncReport:
     probe_max_gap_nats: float
 
 
+@dataclass(frozen=True, slots=True)
+class StageSetup:
+    """What a training stage asks of the learners. `policy` holds the weights that it starts from."""
+
+    policy: Path
+    optimizer: OptimizerConfig
+    total_steps: int
+    algorithm: AlgorithmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What one optimiser step did. `loss` and `grad_norm` (before clipping) are of the global batch."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    trained_tokens: int
+    metrics: Mapping[str, float]
+
+
+class HeldStep(Protocol):
+    """A rollout step whose sequences the learners hold, annotated, until the next one."""
+
+    kl_nats: Tensor
+    """KL to the reference of each sample, float32 [N]; zeros unless the algorithm puts it into the reward."""
+
+    def update(self, number: int, advantages: Tensor, weights: Tensor) -> UpdateReport:
+        """Optimiser step `number`. `advantages`, `weights` float32 [N] are of all samples of the rollout step."""
+        ...
+
+
 class LearnerGroup(Protocol):
     """All learner ranks as one."""
 
-    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: AlgorithmConfig) -> None:
-        """Start a stage: the weights at `model_path` and a fresh optimiser."""
+    def load_model(self, model_path: Path) -> None:
+        """Load the policy at `model_path`; once, before anything else."""
         ...
 
-    def logprobs(self, batch: Rows) -> Tensor:
-        """Log-probs [N, T] under the current weights, in the order of `batch`.
+    def begin_stage(self, setup: StageSetup) -> None:
+        """Start a training stage: the weights as they are, a fresh optimiser and the stage's algorithm."""
+        ...
 
-        At the rollout temperature in stages over rollouts, at 1 in the others.
+    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> HeldStep:
+        """Send the sequences to the ranks, which annotate and keep them.
+
+        `parts` are the numbers int64 [n] of the samples of each optimiser step.
         """
         ...
 
-    def reference_logprobs(self, batch: Rows) -> Tensor:
-        """The same under the weights at the start of the stage; only where its algorithm over rollouts needs them."""
+    def logprobs(self, batch: Sequences) -> np.ndarray:
+        """Log-probs float32 [S] at temperature 1 under the current weights; zero off the loss mask."""
         ...
 
-    def update(self, batch: Batch) -> UpdateReport: ...
+    def update(self, batch: OptimiserStep) -> UpdateReport:
+        """One optimiser step on stored completions."""
+        ...
 
     def save_policy(self, directory: Path) -> None:
         """The policy in Hugging Face format, with its tokenizer; the same bits the learner holds."""

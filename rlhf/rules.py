@@ -397,6 +397,16 @@ def every_rl_rank_has_a_row(stages: Stages, training: TrainingConfig, rollouts: 
 
 
 @_rule
+def token_budget_holds_the_longest_sequence(training: TrainingConfig, model: ModelConfig) -> Messages:
+    budget, longest = training.token_budget, model.max_context_tokens
+    if budget is not None and budget < longest:
+        rule = f"must be at least model.max_context_tokens = {longest}"
+        reason = "A sequence is never split, so a longer one would exceed the memory that the budget allows"
+        fix = f"Set it to {longest} or more, leave it out, or lower model.max_context_tokens"
+        yield problem("training.token_budget", budget, rule, reason, fix)
+
+
+@_rule
 def offload_needs_its_zero_stage(training: TrainingConfig) -> Messages:
     for key, wanted, what in (
         ("offload_optimizer", 2, "optimiser states and gradients"),

@@ -20,7 +20,7 @@ FILES = ["launch.py", *sorted(str(path.relative_to(ROOT)) for p in PACKAGES for 
 
 ONLY_IN = {
     "ray": ("*/worker.py", "rlhf/cluster.py", "launch.py", "benchmarks/*.py"),
-    "deepspeed": ("rlhf/training/deepspeed_engine.py",),
+    "deepspeed": ("rlhf/training/deepspeed_engine.py", "rlhf/training/zero_model.py"),
     "vllm": ("rollouts/vllm_engine.py", "rollouts/weight_receiver.py", "rlhf/weight_sync/transports.py"),
     "wandb": ("rlhf/tracking.py",),
     # A benchmark composes the runs that it starts.

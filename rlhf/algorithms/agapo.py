@@ -14,7 +14,7 @@ from rlhf.algorithms.grpo import StdDdof, StdEps
 from rlhf.algorithms.kl import Kl
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch, TrainBatch
+from rlhf.batches import ScoredSamples, TrainBatch
 from rlhf.losses.policy import reinforce
 from rlhf.losses.reduce import Reduction
 from rlhf.selection import GroupFilter
@@ -36,7 +36,7 @@ class GlobalAdvantages(OnlineAlgorithm):
     std_eps: StdEps = 1e-6
     std_ddof: StdDdof = 0
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         return agapo_advantages(
             rewards,
             batch.group_index,

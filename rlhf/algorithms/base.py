@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from rlhf.batches import Rows
-from rlhf.losses.reduce import Reduction, token_weights
+from rlhf.losses.reduce import Reduction, sample_weights
 
 Data = Literal["demonstrations", "rollouts", "pairs", "groups"]
 """What an algorithm trains on: demonstrations (SFT), fresh rollouts (RL), or stored preference pairs or groups."""
@@ -23,13 +23,15 @@ class Needs(NamedTuple):
     """What a run must provide for an algorithm. The learner and the rules ask this, never the algorithm's name.
 
     `group_baseline`: at least two samples a prompt. `reference_logprobs`: of the weights at the start of the stage.
-    `importance_ratio`: compares learner and engine probabilities, which the engine must give over the whole
-    vocabulary. `on_policy`: has no ratio between the policy and the one that sampled.
+    `kl_in_reward`: the KL of each sample to the reference, before advantages are computed. `importance_ratio`: compares
+    learner and engine probabilities, which the engine must give over the whole vocabulary. `on_policy`: its loss has no
+    importance ratio, so samples must be on-policy.
     """
 
     data: Data
     group_baseline: bool = False
     reference_logprobs: bool = False
+    kl_in_reward: bool = False
     importance_ratio: bool = False
     on_policy: bool = False
 
@@ -94,6 +96,6 @@ class Algorithm(BaseModel):
     def token_loss(self, logprobs: Tensor, batch: Rows) -> TokenLoss:
         """Loss of every token from the policy's `logprobs` [B, T]. Gradient flows through `logprobs` only."""
 
-    def token_weights(self, loss_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Reduction weights [N, T] of one optimiser step."""
-        return token_weights(loss_mask, self.reduction, fixed_length=self.fixed_length, dtype=dtype)
+    def sample_weights(self, trained_tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Weights [N] of the token losses of each sample of an optimiser step, from its trained tokens [N]."""
+        return sample_weights(trained_tokens, self.reduction, fixed_length=self.fixed_length, dtype=dtype)

@@ -12,7 +12,7 @@ from rlhf.algorithms.base import About, TokenLoss
 from rlhf.algorithms.grpo import StdDdof, StdEps
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch, TrainBatch
+from rlhf.batches import ScoredSamples, TrainBatch
 from rlhf.losses.policy import cispo
 from rlhf.losses.reduce import Reduction
 
@@ -38,7 +38,7 @@ class Cispo(OnlineAlgorithm):
     std_eps: StdEps = 1e-6
     std_ddof: StdDdof = 0
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         return group_zscore(rewards, batch.group_index, eps=self.std_eps, ddof=self.std_ddof)
 
     def policy_loss(self, logprobs: Tensor, batch: TrainBatch, advantages: Tensor) -> TokenLoss:

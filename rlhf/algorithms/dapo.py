@@ -11,7 +11,7 @@ from rlhf.advantages import group_zscore, soft_overlong_penalty
 from rlhf.algorithms.base import About
 from rlhf.algorithms.grpo import CLIP_METRICS, ClippedPolicy, StdDdof, StdEps
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch
+from rlhf.batches import ScoredSamples
 from rlhf.losses.reduce import Reduction
 from rlhf.selection import GroupFilter
 
@@ -62,10 +62,10 @@ class Dapo(ClippedPolicy):
                 )
         return self
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         if self.overlong_max_tokens is not None:
             buffer = self.overlong_buffer_tokens or max(1, self.overlong_max_tokens // 5)
-            lengths = batch.loss_mask.sum(-1)
+            lengths = batch.completion_tokens
             rewards = rewards + soft_overlong_penalty(
                 lengths, max_tokens=self.overlong_max_tokens, buffer_tokens=buffer
             ).to(rewards.dtype)

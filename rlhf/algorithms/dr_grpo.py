@@ -11,7 +11,7 @@ from rlhf.advantages import group_mean_centred
 from rlhf.algorithms.base import About
 from rlhf.algorithms.grpo import CLIP_METRICS, ClippedPolicy
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch
+from rlhf.batches import ScoredSamples
 from rlhf.losses.reduce import Reduction
 
 
@@ -36,5 +36,5 @@ class DrGrpo(ClippedPolicy):
         default=1024, description="C, in tokens; conf/algorithm/dr_grpo.yaml: rollouts.max_completion_tokens"
     )
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         return group_mean_centred(rewards, batch.group_index)

@@ -11,7 +11,8 @@ from rlhf.advantages import group_min_max
 from rlhf.algorithms.base import About, Needs, TokenLoss
 from rlhf.algorithms.offline import OfflineAlgorithm, RowMetrics
 from rlhf.algorithms.registry import register
-from rlhf.batches import PreferenceBatch, Rows, group_batch
+from rlhf.batches import PreferenceBatch, Rows
+from rlhf.batches.ragged import PreferenceSequences, group_sequences
 from rlhf.losses.preference import probability_loss, sequence_logprob, sequence_probability
 from rlhf.losses.sequence import spread_over_tokens
 from rlhf.samples import PreferenceGroup, PreferenceUnit
@@ -52,10 +53,10 @@ class Grouper(OfflineAlgorithm):
         """Advantages [N] in [-1, 1] of the completions with `rewards` [N]; `group_index` int64 [N]."""
         return group_min_max(rewards, group_index)
 
-    def batch(self, units: Sequence[PreferenceUnit]) -> PreferenceBatch:
+    def batch(self, units: Sequence[PreferenceUnit]) -> PreferenceSequences:
         groups = [unit for unit in units if isinstance(unit, PreferenceGroup)]
         assert len(groups) == len(units), "Grouper trains on groups"
-        return group_batch(groups, self.advantages, self.token_weights)
+        return group_sequences(groups, self.advantages, self.sample_weights)
 
     def token_loss(self, logprobs: Tensor, batch: Rows) -> TokenLoss:
         assert isinstance(batch, PreferenceBatch)

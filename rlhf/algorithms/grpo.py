@@ -11,7 +11,7 @@ from rlhf.advantages import group_zscore
 from rlhf.algorithms.base import About, TokenLoss
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch, TrainBatch
+from rlhf.batches import ScoredSamples, TrainBatch
 from rlhf.losses.policy import clipped, clipped_surrogate
 from rlhf.losses.reduce import Reduction
 
@@ -62,5 +62,5 @@ class Grpo(ClippedPolicy):
     std_eps: StdEps = 1e-6
     std_ddof: StdDdof = 0
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         return group_zscore(rewards, batch.group_index, eps=self.std_eps, ddof=self.std_ddof)

@@ -12,7 +12,7 @@ from rlhf.algorithms.base import About
 from rlhf.algorithms.correction import Correction, IcePop
 from rlhf.algorithms.grpo import CLIP_METRICS, ClippedPolicy
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch
+from rlhf.batches import ScoredSamples
 from rlhf.losses.reduce import Reduction
 from rlhf.selection import GroupFilter
 
@@ -38,5 +38,5 @@ class GrpoIcePop(ClippedPolicy):
     correction: Correction = Field(default=IcePop(kind="icepop"), description="IcePop: alpha 0.5, beta 5 in the paper")
     group_filter: GroupFilter = "zero_variance"
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         return group_mean_centred(rewards, batch.group_index)

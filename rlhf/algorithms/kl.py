@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from rlhf.batches import AnnotatedBatch, TrainBatch
+from rlhf.batches import TrainBatch
 from rlhf.losses.kl import k1, k2, k3, k3_weighted, kl_to_go
 from rlhf.losses.policy import per_token
-from rlhf.losses.sequence import masked_sum
 
 Estimator = Literal["k1", "k2", "k3", "k3_weighted"]
 Placement = Literal["loss", "reward", "reward_to_go"]
@@ -43,12 +42,13 @@ class Kl(BaseModel):
             )
         return self
 
-    def in_reward(self, batch: AnnotatedBatch) -> Tensor:
-        """Rewards [N], less the KL of each sequence under the weights at the start of the update."""
-        if not self.coefficient or self.placement != "reward":
-            return batch.rewards
-        spent = masked_sum(batch.proximal_logprobs - batch.reference_logprobs, batch.loss_mask)
-        return batch.rewards - self.coefficient * spent
+    @property
+    def enters_reward(self) -> bool:
+        return self.coefficient > 0 and self.placement == "reward"
+
+    def in_reward(self, rewards: Tensor, kl_nats: Tensor) -> Tensor:
+        """Rewards [N], less the KL `kl_nats` [N] of each sample under the weights at the start of the update."""
+        return rewards - self.coefficient * kl_nats if self.enters_reward else rewards
 
     def to_go(self, logprobs: Tensor, batch: TrainBatch) -> Tensor:
         """Advantages: [B] as they are, or [B, T] less the KL from each token to the end."""

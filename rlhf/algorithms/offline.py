@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf.algorithms.base import Algorithm
-from rlhf.batches import PairBatch, PreferenceBatch, pair_batch
+from rlhf.batches import PairBatch
+from rlhf.batches.ragged import PairSequences, PreferenceSequences, pair_sequences
 from rlhf.losses.preference import sequence_logprob
 from rlhf.samples import PreferencePair, PreferenceUnit
 
@@ -37,17 +38,17 @@ class OfflineAlgorithm(Algorithm):
     )
 
     @abstractmethod
-    def batch(self, units: Sequence[PreferenceUnit]) -> PreferenceBatch:
-        """One optimiser step of `units`, rows as in `preference_rows`; add what it needs by `with_reference`."""
+    def batch(self, units: Sequence[PreferenceUnit]) -> PreferenceSequences:
+        """One optimiser step of `units`, in the order of `unit_sequences`, without reference log-probs."""
 
 
 class PairAlgorithm(OfflineAlgorithm):
     """An algorithm over chosen and rejected completions."""
 
-    def batch(self, units: Sequence[PreferenceUnit]) -> PairBatch:
+    def batch(self, units: Sequence[PreferenceUnit]) -> PairSequences:
         pairs = [unit for unit in units if isinstance(unit, PreferencePair)]
         assert len(pairs) == len(units), f"{type(self).__name__} trains on pairs"
-        return pair_batch(pairs, self.token_weights)
+        return pair_sequences(pairs, self.sample_weights)
 
     def pair_metrics(self, logprobs: Tensor, batch: PairBatch, margin: Tensor) -> RowMetrics:
         """`PAIR_METRICS`, and the mean `margin` [pairs] and how often it is positive; only non-empty completions count.

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf.algorithms.base import Algorithm, Needs, TokenLoss
 from rlhf.algorithms.correction import Correction, NoCorrection
 from rlhf.algorithms.kl import Kl
-from rlhf.batches import AnnotatedBatch, Rows, TrainBatch
+from rlhf.batches import Rows, ScoredSamples, TrainBatch
 from rlhf.selection import GroupFilter
 
 
@@ -41,21 +41,25 @@ class OnlineAlgorithm(Algorithm):
             data="rollouts",
             group_baseline=self.group_baseline,
             reference_logprobs=self.kl.coefficient > 0,
+            kl_in_reward=self.kl.enters_reward,
             importance_ratio=self.own_correction or self.correction.kind != "none",
             on_policy=not (self.has_policy_ratio or self.own_correction),
         )
 
     @abstractmethod
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         """Advantages [N] of all samples of one rollout step from their `rewards` [N], KL already in them if asked."""
 
     @abstractmethod
     def policy_loss(self, logprobs: Tensor, batch: TrainBatch, advantages: Tensor) -> TokenLoss:
         """The loss [B, T] of the policy gradient; `advantages` [B], or [B, T] where `token_level`."""
 
-    def advantages(self, batch: AnnotatedBatch) -> Tensor:
-        """Advantages [N] of all samples of one rollout step."""
-        return self.group_advantages(self.kl.in_reward(batch), batch)
+    def advantages(self, batch: ScoredSamples, kl_nats: Tensor) -> Tensor:
+        """Advantages [N] of all samples of one rollout step.
+
+        `kl_nats` [N] is the KL of each sample to the reference where `needs.kl_in_reward`; else it is not looked at.
+        """
+        return self.group_advantages(self.kl.in_reward(batch.rewards, kl_nats), batch)
 
     def token_loss(self, logprobs: Tensor, batch: Rows) -> TokenLoss:
         assert isinstance(batch, TrainBatch)

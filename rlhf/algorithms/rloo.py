@@ -13,7 +13,7 @@ from rlhf.algorithms.grpo import CLIP_METRICS
 from rlhf.algorithms.kl import Kl
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.registry import register
-from rlhf.batches import AnnotatedBatch, TrainBatch
+from rlhf.batches import ScoredSamples, TrainBatch
 from rlhf.losses.policy import clipped_ratio, clipped_sequence_surrogate, per_token, sequence_ratio
 from rlhf.losses.reduce import Reduction
 from rlhf.losses.sequence import spread_over_tokens
@@ -47,7 +47,7 @@ class Rloo(OnlineAlgorithm):
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0, description="epsilon below 1 (PPO 1707.06347)")] = 0.2
     clip_high: Annotated[float, Field(gt=0.0, description="epsilon above 1")] = 0.2
 
-    def group_advantages(self, rewards: Tensor, batch: AnnotatedBatch) -> Tensor:
+    def group_advantages(self, rewards: Tensor, batch: ScoredSamples) -> Tensor:
         return leave_one_out(rewards, batch.group_index)
 
     def policy_loss(self, logprobs: Tensor, batch: TrainBatch, advantages: Tensor) -> TokenLoss:

@@ -1,51 +1,135 @@
-"""Log-probs and entropy of given tokens from a causal model's logits."""
+"""Log-probs and entropy of given tokens straight from hidden states: no logits of all tokens ever exist at once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_LOGITS = 1 << 26
+"""Logits computed at a time: 256 MiB in float32."""
 
 
-def token_logprobs(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
-) -> Tensor:
-    """Log-prob in nats of every token given the ones before it, under `softmax(logits / temperature)`.
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> tuple[Tensor, Tensor]:
+    """(log-probs [M], entropy [M]) in nats of `softmax((hidden @ weight.T + bias) / temperature)`.
 
-    `logits` [B, T, V] as the model returns them (entry t predicts token t + 1); `token_ids` int64 [B, T]. Returns
-    [B, T] aligned with `token_ids`, float32 or wider; `[:, 0]` is 0 because nothing predicts the first token. With
-    `mask` bool [B, T] tokens off it are 0, and whatever their logits hold (NaN too) reaches no value and no gradient.
+    `hidden` [M, H] are the hidden states that predict `targets` int64 [M]; `weight` [V, H] and `bias` [V] are the
+    output head. Both results are float32 or wider; log-probs carry gradient to `hidden`, `weight` and `bias`, entropy
+    does not. Rows are taken in chunks of `chunk_logits / V`, and the backward pass computes the logits of a chunk
+    again, unless all rows fit one chunk. So peak memory does not grow with M x V.
     """
-    wanted = _predicted(logits, token_ids, mask)
-    scaled = _scaled(logits, wanted, temperature)
-    chosen = scaled.gather(-1, token_ids[wanted][:, None]).squeeze(-1)
-    return _spread(chosen - torch.logsumexp(scaled, dim=-1), wanted)
+    return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_logits)
 
 
-@torch.no_grad()
-def token_entropy(logits: Tensor, token_ids: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of the distribution each token was drawn from: [B, T] like `token_logprobs`, `[:, 0]` is 0."""
-    wanted = _predicted(logits, token_ids, mask)
-    logprobs = torch.log_softmax(_scaled(logits, wanted, temperature), dim=-1)
-    # p * log p is 0 at p = 0, where the product of 0 and -inf would be NaN.
-    terms = torch.where(logprobs.isneginf(), torch.zeros_like(logprobs), logprobs.exp() * logprobs)
-    return _spread(-terms.sum(-1), wanted)
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917  (autograd functions take no keywords)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_logits: int,
+    ) -> tuple[Tensor, Tensor]:
+        rows = max(1, chunk_logits // weight.shape[0])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        kept: list[Tensor] = []
+        for part in _chunks(len(hidden), rows):
+            logits = _logits(hidden[part], weight, bias, temperature)
+            probabilities = _softmax_(logits, targets[part], logprobs[part], entropy[part], bias is not None)
+            if len(hidden) <= rows and any(ctx.needs_input_grad):
+                kept = [probabilities]
+        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        upstream = gradients[0]
+        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Sums over many chunks are float32: rounded to bfloat16 after each, small gradients would be lost.
+        to_weight = _sum_like(weight, ctx.needs_input_grad[1])
+        to_bias = _sum_like(bias, ctx.needs_input_grad[2])
+        for part in _chunks(len(hidden), ctx.rows):
+            slope = kept[0] if kept else _probabilities(hidden[part], weight, bias, ctx.temperature)
+            # d log p(target) / d logit = (1 at the target, else 0) - p, over the temperature.
+            scale = (upstream[part] / ctx.temperature).to(slope.dtype)[:, None]
+            slope.mul_(-scale).scatter_add_(1, targets[part, None], scale)
+            narrow = slope.to(weight.dtype)
+            if to_hidden is not None:
+                torch.mm(narrow, weight, out=to_hidden[part])
+            if to_weight is not None:
+                _add_product(to_weight, narrow, hidden[part])
+            if to_bias is not None:
+                to_bias += slope.sum(0)
+        return (
+            to_hidden,
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if bias is None or to_bias is None else to_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def _predicted(logits: Tensor, token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Bool [B, T]: the tokens that something predicts, or those of them on the mask."""
-    if logits.shape[:2] != token_ids.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} do not match token_ids {tuple(token_ids.shape)}")
-    wanted = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.clone()
-    wanted[:, 0] = False
-    return wanted
+def _chunks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _scaled(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """[M, V] of the M wanted tokens. Only these are copied and widened: prompts and padding cost no memory here."""
-    chosen = logits[:, :-1][wanted[:, 1:]]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)) / temperature
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[m, V], float32 or wider, in memory of their own."""
+    logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _spread(values: Tensor, wanted: Tensor) -> Tensor:
-    """[M] back to [B, T], zero elsewhere."""
-    return torch.zeros(wanted.shape, dtype=values.dtype, device=values.device).masked_scatter(wanted, values)
+def _softmax_(logits: Tensor, targets: Tensor, logprobs: Tensor, entropy: Tensor, may_be_infinite: bool) -> Tensor:
+    """Fill `logprobs` and `entropy` [m] and return the probabilities [m, V]; `logits` are used up."""
+    shifted = logits.sub_(logits.amax(-1, keepdim=True))
+    chosen = shifted.gather(-1, targets[:, None]).squeeze(-1)
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    torch.sub(chosen, total.log(), out=logprobs)
+    if may_be_infinite:
+        # A bias of -inf bans a token: its share of the entropy is 0, where 0 * -inf would be NaN.
+        shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+    # The entropy is log(total) - sum(p * shifted); the product is a dot per row, without a third table.
+    expected = torch.bmm(weights[:, None], shifted[:, :, None]).view(-1) / total
+    torch.sub(total.log(), expected, out=entropy)
+    return weights.div_(total[:, None])
+
+
+def _probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = _logits(hidden, weight, bias, temperature)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _sum_like(parameter: Tensor | None, needed: bool) -> Tensor | None:
+    if parameter is None or not needed:
+        return None
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """`total` [V, H] += slope.T @ hidden."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.T, hidden)
+    else:
+        total += slope.T @ hidden

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from rlhf.algorithms import Algorithm, build
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.config import CollectStage, FilterStage, OptimizerConfig, PreferenceStage, RunConfig, TrainingStage
+from rlhf.config import CollectStage, FilterStage, PreferenceStage, RunConfig, TrainingStage
 from rlhf.console import RunConsole
 from rlhf.ledger import Ledger
 from rlhf.phases import GpuTurns, Phases
 from rlhf.preferences import Selected
-from rlhf.protocols import Evaluator, LearnerGroup, Publisher, RolloutSource
+from rlhf.protocols import Evaluator, LearnerGroup, Publisher, RolloutSource, StageSetup
 from rlhf.samples import PreferenceUnit, ScoredGroup, TokenizedExample
 from rlhf.tracking import Tracker
 
@@ -104,9 +104,10 @@ class Context:
         chosen = self.config.algorithm_of(stage)
         return build(chosen.name, chosen.hyperparameters, chosen.modules)
 
-    def load(self, stage: TrainingStage, optimizer: OptimizerConfig, steps: int) -> None:
-        """The learners hold the current weights, a fresh optimiser and the algorithm of `stage`."""
-        self.parts.learners.load(self.policy, optimizer, steps, self.config.algorithm_of(stage))
+    def begin_stage(self, stage: TrainingStage, steps: int) -> None:
+        """Give the learners a fresh optimiser and the algorithm of `stage`; the weights stay."""
+        algorithm = self.config.algorithm_of(stage)
+        self.parts.learners.begin_stage(StageSetup(self.policy, stage.optimizer, steps, algorithm))
 
     def publish(self) -> None:
         """The engines hold the learners' weights."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlhf.batches import UpdateReport
 from rlhf.phases import Phases
+from rlhf.protocols import UpdateReport
 
 
 def offline_metrics(report: UpdateReport, phases: Phases) -> dict[str, float]:

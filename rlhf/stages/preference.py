@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rlhf.algorithms.offline import OfflineAlgorithm
-from rlhf.batches import PreferenceBatch, pad, preference_rows, with_reference
+from rlhf.batches.ragged import PreferenceSequences, unit_sequences, with_reference
 from rlhf.config import PreferenceFile, PreferenceStage
 from rlhf.errors import ConfigError, DataError
 from rlhf.preferences import untrainable
@@ -37,7 +36,7 @@ def run(context: Context, name: str, stage: PreferenceStage) -> Outcome:
     _check(name, stage, algorithm, found, units, left_out)
     total = optimiser_steps(len(units), stage)
     _check_warm_up(name, stage, total)
-    context.load(stage, stage.optimizer, total)
+    context.begin_stage(stage, total)
     reference = _reference(context, units) if algorithm.needs.reference_logprobs else None
     phases, tokens = context.phases(), 0
     with context.console.stage(name, total) as progress:
@@ -74,11 +73,11 @@ def steps(units: int, stage: PreferenceStage, seed: int) -> Iterator[list[int]]:
 
 def _batch(
     algorithm: OfflineAlgorithm, units: Units, chosen: Sequence[int], reference: list[list[np.ndarray]] | None
-) -> PreferenceBatch:
+) -> PreferenceSequences:
     batch = algorithm.batch([units[index] for index in chosen])
     if reference is None:
         return batch
-    return with_reference(batch, pad([row for index in chosen for row in reference[index]], torch.float32))
+    return with_reference(batch, np.concatenate([row for index in chosen for row in reference[index]]))
 
 
 def _reference(context: Context, units: Units) -> list[list[np.ndarray]]:
@@ -104,10 +103,8 @@ def _reference(context: Context, units: Units) -> list[list[np.ndarray]]:
 def _computed(context: Context, units: Units) -> Iterator[np.ndarray]:
     with context.phases()("reference"):
         for start in range(0, len(units), _UNITS_AT_ONCE):
-            rows = preference_rows(units[start : start + _UNITS_AT_ONCE])
-            values = context.parts.learners.logprobs(rows)
-            for length, row in zip(rows.lengths.tolist(), values, strict=True):
-                yield row[:length].numpy()
+            sequences = unit_sequences(units[start : start + _UNITS_AT_ONCE])
+            yield from sequences.per_sequence(context.parts.learners.logprobs(sequences))
 
 
 def _trainable(found: Units) -> tuple[list[PreferenceUnit], Counter[str]]:

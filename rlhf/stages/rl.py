@@ -21,7 +21,7 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
     """Trains `stage.steps` steps; every one ends with a published weight version."""
     algorithm = context.algorithm(stage)
     assert isinstance(algorithm, OnlineAlgorithm)
-    context.load(stage, stage.optimizer, stage.steps * stage.updates_per_step)
+    context.begin_stage(stage, stage.steps * stage.updates_per_step)
     ledger, totals = Ledger(context.run_dir), RlTotals()
     controller = Controller(
         rollouts=context.parts.data.rollouts(name, ledger, algorithm),
@@ -33,7 +33,7 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
         correct_at=context.config.rewards.correct_at,
         updates_per_step=stage.updates_per_step,
         observe=lambda record: None,
-        dump=lambda batch: torch.save(batch, context.run_dir / "non_finite_batch.pt"),
+        dump=lambda failed: torch.save(failed, context.run_dir / "non_finite_batch.pt"),
         phase=context.phases(),
     )
     with context.console.stage(name, stage.steps) as progress:
@@ -92,7 +92,7 @@ class RlTotals:
     steps: int = 0
 
     def add(self, record: StepRecord, metrics: Mapping[str, float]) -> None:
-        tokens = int(record.batch.loss_mask.sum())
+        tokens = int(record.batch.samples.completion_tokens.sum())
         self.trained_tokens += sum(update.trained_tokens for update in record.updates)
         self.kl_sum += metrics["mismatch/kl_nats"] * tokens
         self.masked_sum += metrics.get("mismatch/masked_fraction", 0.0) * tokens

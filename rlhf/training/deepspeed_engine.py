@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO training of the full model. The only file that imports deepspeed."""
+"""DeepSpeed ZeRO training of the full model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from torch import Tensor
 
 from rlhf.config import ModelConfig, OptimizerConfig, TrainingConfig
 from rlhf.models import load_policy
+from rlhf.training.attention import ATTENTION, register
+from rlhf.training.model_files import ModelFiles
+from rlhf.training.token_model import Pack, TokenModel
+from rlhf.training.zero_model import available_optimizer, partitioned_model
+from rlhf.training.zero_settings import ParameterSizes, frozen_settings, zero_settings
 
 
 def environment(device: str, ranks: int) -> dict[str, str]:
@@ -48,62 +53,60 @@ def join_process_group(rank: int, ranks: int, address: str, port: int, device: s
 class DeepSpeedEngine:
     """One rank's share of the model, its gradients and its optimiser. All methods are collective over the ranks."""
 
-    def __init__(
-        self,
-        model_path: Path,
-        model: ModelConfig,
-        training: TrainingConfig,
-        optimizer: OptimizerConfig,
-        device: str,
-    ) -> None:
+    def __init__(self, model_path: Path, model: ModelConfig, training: TrainingConfig, device: str) -> None:
         import deepspeed
 
-        self.zero_stage = training.zero_stage
-        self._packing = training.packing
-        self.device = torch.device("cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
-        settings = zero_settings(model.dtype, training, optimizer)
-        policy = load_policy(
-            model_path,
-            model.dtype,
-            attention=model.attention,
-            gradient_checkpointing=training.gradient_checkpointing,
-            trust_remote_code=model.trust_remote_code,
+        self.device = _torch_device(device)
+        adam, problem = available_optimizer(training, device)
+        if problem is not None:
+            print(f"optimiser: {adam} instead. {problem}")  # into the log of this worker
+        sizes = ParameterSizes.of(_shapes(model_path))
+        # Without an optimiser's settings: each stage brings its own.
+        settings = zero_settings(model, training, None, device, sizes, adam=adam)
+        self.causal_lm = _causal_lm(
+            model_path, model, training, settings, gradient_checkpointing=training.gradient_checkpointing
         )
+        policy = TokenModel(self.causal_lm)
         # Keys that share one tensor (tied embeddings) are all sent to engines: some reload them one by one.
-        self.state_names = list(policy.state_dict().keys())
-        self.engine, *_ = deepspeed.initialize(model=policy, model_parameters=policy.parameters(), config=settings)
+        self.state_names = list(self.causal_lm.state_dict().keys())
+        self._engine, *_ = deepspeed.initialize(model=policy, model_parameters=policy.parameters(), config=settings)
+        # Parameters and buffers under every name they have; tied ones occur more than once.
+        self._tensors: dict[str, Tensor] = dict(self.causal_lm.named_parameters(remove_duplicate=False))
+        self._tensors |= dict(self.causal_lm.named_buffers(remove_duplicate=False))
 
-    @property
-    def module(self) -> Any:
-        return self.engine.module
+    def reset_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """Forget all moments and take the settings of `optimizer`; the weights stay."""
+        zero = self._engine.optimizer
+        zero.clip_grad = optimizer.max_grad_norm
+        zero.optimizer.state.clear()
+        for group in zero.optimizer.param_groups:
+            group.pop("step", None)  # DeepSpeed's fused Adam counts here
+            group |= {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
 
-    @property
-    def ranks(self) -> int:
-        return self.engine.world_size
-
-    def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T] right-padded tokens, `lengths` [B] -> logits [B, T, V]."""
-        return _logits(self.engine, token_ids.to(self.device), lengths.to(self.device), packing=self._packing)
+    def forward(self, pack: Pack, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log-probs [M] with gradient, entropy [M]) of the pack's trained tokens."""
+        return self._engine(pack, temperature)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this micro-batch; `last` is True for the last one before `step`.
 
         `loss` is this rank's part of the global loss: parts add up over ranks and micro-batches.
         """
-        self.engine.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(last)
         # ZeRO averages gradients over ranks, while our parts are to be summed: undo the average here, and only here.
-        self.engine.backward(loss * self.ranks, scale_wrt_gas=False)
+        self._engine.backward(loss * self._engine.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Clip, apply AdamW with `learning_rate`, clear gradients. Returns the global gradient norm before clipping."""
-        for group in self.engine.optimizer.param_groups:
+        for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    def sum_over_ranks(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+    def sum_over_ranks(self, value: Tensor) -> float:
+        """The sum of a scalar on the device over all ranks."""
+        total = value.clone()
         torch.distributed.all_reduce(total)
         return total.item()
 
@@ -112,104 +115,72 @@ class DeepSpeedEngine:
         """Inside, the named tensors whole (gathered under ZeRO-3, on every rank), as views that must not be changed."""
         import deepspeed
 
-        found = self._tensors()
-        wanted = {name: found[name] for name in names}
+        wanted = {name: self._tensors[name] for name in names}
         shards = [p for p in wanted.values() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
             yield {name: tensor.detach() for name, tensor in wanted.items()}
 
     def full_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and whole shape of a parameter, without gathering it."""
-        tensor = self._tensors()[name]
+        tensor = self._tensors[name]
         return tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers under every name they have; tied ones occur more than once."""
-        parameters: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
-        return parameters | dict(self.module.named_buffers(remove_duplicate=False))
-
     def close(self) -> None:
-        self.engine.destroy()
+        self._engine.destroy()
 
 
 class FrozenModel:
     """Weights that never change, for log-probs only; under ZeRO-3 each rank holds its share of them."""
 
-    def __init__(self, model_path: Path, model: ModelConfig, training: TrainingConfig, device: torch.device) -> None:
-        policy = load_policy(
-            model_path, model.dtype, attention=model.attention, trust_remote_code=model.trust_remote_code
-        )
-        self._device = device
-        self._packing = training.packing
-        self._model = policy.eval().requires_grad_(False)
+    def __init__(self, model_path: Path, model: ModelConfig, training: TrainingConfig, device: str) -> None:
+        self.device = _torch_device(device)
+        settings = frozen_settings(model, training, device, ParameterSizes.of(_shapes(model_path)))
+        causal_lm = _causal_lm(model_path, model, training, settings, gradient_checkpointing=False)
+        self._model: Any = TokenModel(causal_lm).eval().requires_grad_(False)
         if training.zero_stage == 3:
             import deepspeed
 
-            self._model, *_ = deepspeed.initialize(model=policy, config=_frozen_settings(model.dtype, training))
+            self._model, *_ = deepspeed.initialize(model=self._model, config=settings)
         else:
-            self._model.to(device)
+            self._model.to(self.device)
 
     @torch.no_grad()
-    def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T] right-padded tokens, `lengths` [B] -> logits [B, T, V]. Collective under ZeRO-3."""
-        return _logits(self._model, token_ids.to(self._device), lengths.to(self._device), packing=self._packing)
+    def forward(self, pack: Pack, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log-probs [M], entropy [M]) of the pack's trained tokens. Collective under ZeRO-3."""
+        return self._model(pack, temperature)
 
     def close(self) -> None:
         if hasattr(self._model, "destroy"):
             self._model.destroy()
 
 
-def _logits(model: Any, token_ids: Tensor, lengths: Tensor, *, packing: bool) -> Tensor:
-    """Logits [B, T, V]; where `packing`, what they hold on padding is zero."""
-    position = torch.arange(token_ids.shape[1], device=token_ids.device)
-    present = position[None] < lengths[:, None]
-    if not packing:
-        return model(input_ids=token_ids, attention_mask=present.long(), use_cache=False).logits
-    # Positions that start again and no mask are how transformers knows several sequences in one row: it then keeps
-    # attention within each of them.
-    positions = position.expand_as(token_ids)[present][None]
-    packed = model(input_ids=token_ids[present][None], position_ids=positions, use_cache=False).logits[0]
-    spread = packed.new_zeros(*token_ids.shape, packed.shape[-1])
-    spread[present] = packed
-    return spread
+def _causal_lm(
+    path: Path,
+    model: ModelConfig,
+    training: TrainingConfig,
+    settings: dict[str, Any],
+    *,
+    gradient_checkpointing: bool,
+) -> Any:
+    """The model with attention over packs: partitioned from the start under ZeRO-3, else whole."""
+    register()
+    if training.zero_stage == 3:
+        return partitioned_model(
+            path, model, settings, gradient_checkpointing=gradient_checkpointing, attention=ATTENTION
+        )
+    return load_policy(
+        path,
+        model.dtype,
+        attention=ATTENTION,
+        gradient_checkpointing=gradient_checkpointing,
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
-def _frozen_settings(dtype: str, training: TrainingConfig) -> dict[str, Any]:
-    """ZeRO-3 without an optimiser: parameters are partitioned, and gathered layer by layer in the forward pass."""
-    zero: dict[str, Any] = {"stage": 3}
-    if training.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-    }
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    files = ModelFiles(path)
+    return {name: files.shape(name) for name in files.names}
 
 
-def zero_settings(dtype: str, training: TrainingConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for this run."""
-    zero: dict[str, Any] = {"stage": training.zero_stage}
-    if training.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if training.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    adam = {
-        "lr": optimizer.learning_rate,
-        "betas": list(optimizer.betas),
-        "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
-        # torch's own AdamW: DeepSpeed's fused ones are compiled at first use.
-        "torch_adam": True,
-    }
-    return {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        # Micro-batches are counted by the learner, which knows how many rows this step has.
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "optimizer": {"type": "AdamW", "params": adam},
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-    }
+def _torch_device(device: str) -> torch.device:
+    return torch.device("cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}")

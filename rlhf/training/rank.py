@@ -1,134 +1,138 @@
-"""Everything one learner rank does, as a plain class: the Ray shell round it only passes calls on."""
+"""Everything one learner rank does, as plain classes: the Ray shell round them only passes calls on.
+
+A type for each state: a rank that has joined loads a model, a loaded rank sends weights and begins stages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from transformers import AutoConfig
 
 from rlhf.algorithms import build
-from rlhf.batches import Batch, Rows
-from rlhf.config import AlgorithmConfig, OptimizerConfig, RunConfig
-from rlhf.losses.logprobs import token_logprobs
-from rlhf.models import load_tokenizer
+from rlhf.batches.ragged import completion_sequences
+from rlhf.config import RunConfig
+from rlhf.models import load_tokenizer, torch_dtype
+from rlhf.protocols import StageSetup
+from rlhf.samples import TokenizedExample
 from rlhf.training.deepspeed_engine import DeepSpeedEngine, FrozenModel, join_process_group
-from rlhf.training.learner import Learner, RankReport
+from rlhf.training.learner import Learner, OnlineLearner
+from rlhf.training.model_files import write_model
+from rlhf.training.token_model import Pack
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.source import ZeroWeightSource
-from rlhf.weight_sync.transports import EngineClient, Transport, open_transport
+from rlhf.weight_sync.transports import EngineClient, open_transport
 
 
-class LearnerRank:
-    """Holds one rank's engine, learner and weight transport. Methods that touch the model are collective."""
+def join(number: int, config: RunConfig, address: str, port: int) -> None:
+    """Make this process rank `number` of the learners' collective."""
+    training = config.training
+    deadline = training.collective_deadline_s
+    join_process_group(number, training.ranks, address, port, config.cluster.device, deadline)
 
-    def __init__(self, rank: int, config: RunConfig) -> None:
-        self._number = rank
+
+class LoadedRank:
+    """One rank of a loaded policy. Methods that touch the model are collective."""
+
+    def __init__(self, number: int, config: RunConfig, model_path: Path) -> None:
+        self._number = number
         self._config = config
-        self._model_path: Path | None = None
-        self._engine: DeepSpeedEngine | None = None
-        self._reference: FrozenModel | None = None
-        self._learner: Learner | None = None
-        self._client: EngineClient | None = None
-        self._transport: Transport | None = None
-        self._source: ZeroWeightSource | None = None
-
-    def join(self, address: str, port: int) -> None:
-        config = self._config
-        join_process_group(
-            self._number,
-            config.training.ranks,
-            address,
-            port,
-            config.cluster.device,
-            config.training.collective_deadline_s,
-        )
-
-    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, chosen: AlgorithmConfig) -> None:
-        """Start a stage: the weights at `model_path`, a fresh optimiser and the stage's algorithm.
-
-        Algorithms over rollouts that need a reference keep a frozen copy of these weights; those over stored
-        completions ask for `logprobs` before their first update instead.
-        """
-        config = self._config
-        algorithm = build(chosen.name, chosen.hyperparameters, chosen.modules)
-        self.close()
         self._model_path = model_path
-        self._engine = DeepSpeedEngine(model_path, config.model, config.training, optimizer, config.cluster.device)
-        self._learner = Learner(
-            self._engine,
-            algorithm,
-            optimizer,
-            total_steps,
-            config.training.micro_batch_size,
-            config.rollouts.temperature,
-        )
-        if algorithm.needs.rollouts and algorithm.needs.reference_logprobs:
-            self._reference = FrozenModel(model_path, config.model, config.training, self._engine.device)
-        if self._source is not None:
-            self._source.rebind(self._engine)
+        self.engine = DeepSpeedEngine(model_path, config.model, config.training, config.cluster.device)
 
-    def connect(self, client: EngineClient) -> None:
+    def connect(self, client: EngineClient) -> RankSender:
+        """Open the weight transport to the engines."""
+        return RankSender(self._number, self._config, self.engine, client)
+
+    def begin_stage(self, setup: StageSetup) -> StageRank:
+        """Start a training stage: the weights as they are, a fresh optimiser and the stage's algorithm."""
+        self.engine.reset_optimizer(setup.optimizer)
+        return StageRank(self._config, self.engine, setup)
+
+    def save_policy(self, directory: Path) -> None:
+        """Write the policy in Hugging Face format, the learner's exact bits, with the tokenizer of the base model.
+
+        Layer by layer: no rank holds more than one layer whole. Rank 0 writes.
+        """
+        source = ZeroWeightSource(self.engine, with_digests=False)
+        if self._number == 0:
+            write_model(directory, source.iter_groups(), source.metadata(), save_rest=self._save_configuration)
+        else:
+            for _ in source.iter_groups():  # the others take part in gathering
+                pass
+
+    def _save_configuration(self, directory: Path) -> None:
+        """The base model's configuration as it was loaded: training's own switches do not belong in it."""
+        trusted, policy = self._config.model.trust_remote_code, self.engine.causal_lm
+        config = AutoConfig.from_pretrained(self._model_path, trust_remote_code=trusted)
+        config.dtype = torch_dtype(self._config.model.dtype)
+        config.architectures = [type(policy).__name__]
+        config.save_pretrained(directory)
+        policy.generation_config.save_pretrained(directory)
+        load_tokenizer(self._model_path, trust_remote_code=trusted).save_pretrained(directory)
+
+    def close(self) -> None:
+        """Free the model and its optimiser."""
+        self.engine.close()
+
+
+class StageRank:
+    """One rank in a training stage.
+
+    Algorithms over rollouts that need a reference keep a frozen copy of the weights at the start of the stage; those
+    over stored completions ask for `learner.logprobs` before their first update instead.
+    """
+
+    def __init__(self, config: RunConfig, engine: DeepSpeedEngine, setup: StageSetup) -> None:
+        chosen = setup.algorithm
+        algorithm = build(chosen.name, chosen.hyperparameters, chosen.modules)
+        temperature = config.rollouts.temperature
+        self.learner = Learner(engine, algorithm, setup.optimizer, setup.total_steps, temperature)
+        needs = algorithm.needs
+        self._reference: FrozenModel | None = None
+        if needs.rollouts and needs.reference_logprobs:
+            self._reference = FrozenModel(setup.policy, config.model, config.training, config.cluster.device)
+        self.online = OnlineLearner(self.learner, self._reference)
+
+    def close(self) -> None:
+        """Free the reference model."""
+        if self._reference is not None:
+            self._reference.close()
+
+
+class RankSender:
+    """One rank's side of the weight sync."""
+
+    def __init__(self, number: int, config: RunConfig, engine: DeepSpeedEngine, client: EngineClient) -> None:
+        self._engine = engine
         self._client = client
-        self._source = ZeroWeightSource(self._loaded, with_digests=self._number == 0)
-        self._transport = open_transport(client, self._source, self._number, self._config)
-
-    def logprobs(self, batch: Rows, micro_batches_run: int) -> Tensor:
-        assert self._learner is not None
-        return self._learner.logprobs(batch, micro_batches_run)
-
-    def reference_logprobs(self, batch: Rows, micro_batches_run: int) -> Tensor:
-        assert self._learner is not None and self._reference is not None
-        return self._learner.logprobs(batch, micro_batches_run, self._reference)
-
-    def update(self, batch: Batch, micro_batches_run: int) -> RankReport:
-        assert self._learner is not None
-        return self._learner.update(batch, micro_batches_run)
+        self.source = ZeroWeightSource(engine, with_digests=number == 0)
+        self.transport = open_transport(client, self.source, number, config)
 
     def send_weights(self, version: int) -> int:
         """Push the weights to every engine as `version`. Returns the bytes of one copy."""
-        assert self._transport is not None and self._client is not None and self._source is not None
         self._client.version = version
         # A transport that sends something else than a fresh read of the weights must not pass for one that did.
-        self._source.digests = {}
-        self._transport.send_weights()
-        sizes = (meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in self._source.metadata())
+        self.source.digests = {}
+        self.transport.send_weights()
+        sizes = (meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in self.source.metadata())
         return sum(sizes)
 
-    @torch.no_grad()
     def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
         """The digests of what was last sent and the log-probs of `probe` (temperature 1)."""
-        assert self._source is not None
-        values = []
-        for tokens in probe:
-            token_ids = torch.tensor([list(tokens)])
-            logits = self._loaded.logits(token_ids, torch.tensor([len(tokens)]))
-            values.append(token_logprobs(logits, token_ids.to(logits.device))[0].tolist())
-        return Evidence(version, [dict(self._source.digests)], values)
+        values = probe_logprobs(self._engine, probe)
+        return Evidence(version, [dict(self.source.digests)], values)
 
-    def save_policy(self, directory: Path) -> None:
-        """Write the policy in Hugging Face format, the learner's exact bits, with the tokenizer of the base model."""
-        tensors: dict[str, Tensor] = {}
-        for group in ZeroWeightSource(self._loaded, with_digests=False).iter_groups():
-            if self._number == 0:
-                tensors |= {name: tensor.cpu() for name, tensor in group.items()}
-        if self._number == 0:
-            assert self._model_path is not None
-            trusted = self._config.model.trust_remote_code
-            self._loaded.module.save_pretrained(directory, state_dict=tensors)
-            load_tokenizer(self._model_path, trust_remote_code=trusted).save_pretrained(directory)
 
-    def close(self) -> None:
-        """Free the model, its optimiser and the reference."""
-        if self._reference is not None:
-            self._reference.close()
-            self._reference = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-    @property
-    def _loaded(self) -> DeepSpeedEngine:
-        assert self._engine is not None, "load comes first"
-        return self._engine
+@torch.no_grad()
+def probe_logprobs(engine: DeepSpeedEngine, probe: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probs at temperature 1 of every token of every sequence, in one pass; the first of each has 0."""
+    examples = [TokenizedExample(np.array(tokens, np.int32), np.arange(len(tokens)) > 0) for tokens in probe]
+    sequences = completion_sequences(examples)
+    found, _ = engine.forward(Pack.of(sequences, engine.device), 1.0)
+    values = np.zeros(sequences.token_ids.shape)
+    values[sequences.loss_mask] = found.double().cpu().numpy()
+    return [part.tolist() for part in sequences.per_sequence(values)]

@@ -1,50 +1,100 @@
-"""Ray shell of a learner rank, and all ranks as one `LearnerGroup`."""
+"""Ray shell of a learner rank, and all ranks as one `RayLearnerGroup`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from rlhf.batches import Batch, Rows, UpdateReport
+from rlhf.batches.packing import BatchPlan, Share, WorkModel, plan_batch
+from rlhf.batches.ragged import OptimiserStep, RolloutBatch, RolloutSequences, Sequences
 from rlhf.cluster import Cluster, gather, redirect_output, roles
-from rlhf.config import AlgorithmConfig, OptimizerConfig, RunConfig
+from rlhf.config import RunConfig
 from rlhf.metrics import merged
-from rlhf.training.batching import deal, micro_batch_count
+from rlhf.models import policy_config
+from rlhf.protocols import StageSetup, UpdateReport
 from rlhf.training.deepspeed_engine import environment
-from rlhf.training.rank import LearnerRank
+from rlhf.training.learner import RankReport
+from rlhf.training.memory import explained_memory
+from rlhf.training.rank import LoadedRank, RankSender, StageRank, join
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.transports import free_port
 from rlhf.weight_sync.worker import RayEngineClient
 
 
 class LearnerWorker:
-    """One learner rank in its own process."""
+    """One learner rank in its own process; calls come in the order join, load_model, then connect and begin_stage."""
 
-    def __init__(self, rank: int, config: RunConfig, log: Path) -> None:
+    _loaded: LoadedRank
+    _sender: RankSender
+    _stages: tuple[StageRank, ...] = ()
+
+    def __init__(self, rank: int, config: RunConfig, threads: int, log: Path) -> None:
         redirect_output(log)
-        torch.set_num_threads(config.cluster.threads_per_process)
-        self._rank = LearnerRank(rank, config)
+        torch.set_num_threads(threads)
+        self._number = rank
+        self._config = config
 
     def rendezvous(self) -> tuple[str, int]:
         return ray.util.get_node_ip_address(), free_port()
 
     def join(self, address: str, port: int) -> None:
-        self._rank.join(address, port)
+        join(self._number, self._config, address, port)
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._rank, method)(*arguments)
+    def load_model(self, model_path: Path) -> None:
+        with explained_memory(self._config, "load_model"):
+            self._loaded = LoadedRank(self._number, self._config, model_path)
 
     def connect(self, engines: list[ActorHandle], ranks_per_engine: int, deadline_s: float) -> None:
-        self._rank.connect(RayEngineClient(engines, ranks_per_engine, deadline_s))
+        self._sender = self._loaded.connect(RayEngineClient(engines, ranks_per_engine, deadline_s))
+
+    def begin_stage(self, setup: StageSetup) -> None:
+        for stage in self._stages:
+            stage.close()
+        with explained_memory(self._config, "begin_stage"):
+            self._stages = (self._loaded.begin_stage(setup),)
+
+    @property
+    def _stage(self) -> StageRank:
+        return self._stages[0]
+
+    def logprobs(self, share: Share[Sequences]) -> np.ndarray:
+        with explained_memory(self._config, "logprobs"):
+            return self._stage.learner.logprobs(share)
+
+    def update(self, share: Share[OptimiserStep]) -> RankReport:
+        with explained_memory(self._config, "update"):
+            return self._stage.learner.update(share)
+
+    def hold(self, shares: list[Share[RolloutSequences]]) -> list[np.ndarray]:
+        with explained_memory(self._config, "hold"):
+            return self._stage.online.hold(shares)
+
+    def update_held(self, number: int, advantages: np.ndarray, weights: np.ndarray) -> RankReport:
+        with explained_memory(self._config, "update"):
+            return self._stage.online.update(number, advantages, weights)
+
+    def save_policy(self, directory: Path) -> None:
+        self._loaded.save_policy(directory)
+
+    def send_weights(self, version: int) -> int:
+        return self._sender.send_weights(version)
+
+    def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
+        return self._sender.evidence(version, probe)
 
 
 class RayLearnerGroup:
-    """All learner ranks: deals rows to them and puts their answers together."""
+    """All learner ranks: deals sequences to them and puts their answers together."""
+
+    _work: WorkModel
+    _layers: int
 
     def __init__(self, cluster: Cluster, config: RunConfig, log_dir: Path) -> None:
         self._config = config
@@ -54,7 +104,7 @@ class RayLearnerGroup:
         self._workers = [
             ray.remote(LearnerWorker)
             .options(**cluster.options(role, variables))
-            .remote(rank, config, log_dir / f"{role.name}.log")
+            .remote(rank, config, role.threads, log_dir / f"{role.name}.log")
             for rank, role in enumerate(learners)
         ]
 
@@ -62,59 +112,111 @@ class RayLearnerGroup:
         """Form the collective of all ranks."""
         deadline = self._config.cluster.start_deadline_s
         [(address, port)] = gather([self._workers[0].rendezvous.remote()], "start of learner 0", deadline)
-        gather([w.join.remote(address, port) for w in self._workers], "start of the learners", deadline)
+        self._all("start of the learners", lambda worker: worker.join.remote(address, port), deadline)
+
+    def load_model(self, model_path: Path) -> None:
+        """Load the policy at `model_path` on all ranks."""
+        config = policy_config(model_path, trust_remote_code=self._config.model.trust_remote_code)
+        self._work = WorkModel.of(config)
+        self._layers = config.num_hidden_layers
+        deadline = self._config.cluster.start_deadline_s
+        self._all("learner load_model", lambda worker: worker.load_model.remote(model_path), deadline)
 
     def connect(self, engines: list[ActorHandle]) -> None:
-        """Open the weight transport to `engines`; a model must be loaded."""
-        sync = self._config.weight_sync
+        """Open the weight transport to `engines`."""
+        deadline = self._config.weight_sync.deadline_s
         width = self._config.rollouts.tensor_parallel_size
-        calls = [w.connect.remote(engines, width, sync.deadline_s) for w in self._workers]
-        gather(calls, "weight sync: connect", sync.deadline_s)
+        self._all("weight sync: connect", lambda worker: worker.connect.remote(engines, width, deadline), deadline)
 
-    def load(self, model_path: Path, optimizer: OptimizerConfig, total_steps: int, algorithm: AlgorithmConfig) -> None:
-        self._all("load", model_path, optimizer, total_steps, algorithm, deadline=self._config.cluster.start_deadline_s)
+    def begin_stage(self, setup: StageSetup) -> None:
+        deadline = self._config.cluster.start_deadline_s
+        self._all("learner begin_stage", lambda worker: worker.begin_stage.remote(setup), deadline)
 
-    def logprobs(self, batch: Rows) -> Tensor:
-        return self._gathered("logprobs", batch)
+    def logprobs(self, batch: Sequences) -> np.ndarray:
+        plan = self._plan(batch)
+        calls = [w.logprobs.remote(s) for w, s in zip(self._workers, plan.shares(batch), strict=True)]
+        out = np.zeros(batch.token_ids.shape, np.float32)
+        for index, found in zip(plan.index, self._gathered(calls, "learner logprobs"), strict=True):
+            mine = batch.select(index)
+            for number, values in zip(index, mine.per_sequence(found), strict=True):
+                out[batch.offsets[number] : batch.offsets[number + 1]] = values
+        return out
 
-    def reference_logprobs(self, batch: Rows) -> Tensor:
-        return self._gathered("reference_logprobs", batch)
+    def update(self, batch: OptimiserStep) -> UpdateReport:
+        shares = self._plan(batch).shares(batch)
+        calls = [w.update.remote(share) for w, share in zip(self._workers, shares, strict=True)]
+        return _report(self._gathered(calls, "learner update"))
 
-    def _gathered(self, method: str, batch: Rows) -> Tensor:
-        shares, count = self._deal(batch)
-        parts = self._each(method, [(batch.rows(share), count) for share in shares])
-        whole = torch.zeros(batch.token_ids.shape)
-        for share, part in zip(shares, parts, strict=True):
-            whole[share, : part.shape[1]] = part
-        return whole
+    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> RayHeldStep:
+        sequences = batch.sequences
+        places = [np.flatnonzero(np.isin(sequences.sample_index, part)) for part in parts]
+        chosen = [sequences.select(place) for place in places]
+        plans = [self._plan(one) for one in chosen]
+        dealt = [plan.shares(one) for plan, one in zip(plans, chosen, strict=True)]
+        calls = [w.hold.remote([shares[rank] for shares in dealt]) for rank, w in enumerate(self._workers)]
+        kl = self._gathered(calls, "learner hold")
+        # For each optimiser step and rank: the number of the sample of each sequence it holds.
+        owners = [[one.sample_index[index] for index in plan.index] for plan, one in zip(plans, chosen, strict=True)]
+        return RayHeldStep(self, owners, _sample_sums(owners, kl, len(batch.samples)))
 
-    def update(self, batch: Batch) -> UpdateReport:
-        shares, count = self._deal(batch)
-        reports = self._each("update", [(batch.rows(share), count) for share in shares])
-        return UpdateReport(
-            loss=reports[0].loss,
-            grad_norm=reports[0].grad_norm,
-            learning_rate=reports[0].learning_rate,
-            trained_tokens=sum(report.trained_tokens for report in reports),
-            metrics=merged(report.metrics for report in reports).result(),
-        )
+    def update_held(self, number: int, advantages: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> UpdateReport:
+        """Optimiser step `number` of the held step; one array over its sequences for each rank."""
+        given = zip(self._workers, advantages, weights, strict=True)
+        calls = [w.update_held.remote(number, mine, weight) for w, mine, weight in given]
+        return _report(self._gathered(calls, "learner update"))
 
     def save_policy(self, directory: Path) -> None:
-        self._all("save_policy", directory)
+        """Write the policy; each layer has the deadline of a collective."""
+        deadline = self._config.training.collective_deadline_s * (self._layers + 2)
+        self._all("learner save_policy", lambda worker: worker.save_policy.remote(directory), deadline)
 
     def send_weights(self, version: int) -> int:
-        return self._all("send_weights", version, deadline=self._config.weight_sync.deadline_s)[0]
+        deadline = self._config.weight_sync.deadline_s
+        return self._all("weight sync", lambda worker: worker.send_weights.remote(version), deadline)[0]
 
-    def evidence(self, version: int, probe: Any) -> Evidence:
-        return self._all("evidence", version, probe)[0]
+    def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
+        return self._all("learner evidence", lambda worker: worker.evidence.remote(version, probe))[0]
 
-    def _deal(self, batch: Rows) -> tuple[list[Tensor], int]:
-        count = micro_batch_count(batch, self._ranks, self._config.training.micro_batch_size)
-        return deal(batch, self._ranks), count
+    def _plan(self, batch: Sequences) -> BatchPlan:
+        return plan_batch(batch, self._ranks, self._config.token_budget, self._work)
 
-    def _all(self, method: str, *arguments: Any, deadline: float | None = None) -> list[Any]:
-        return self._each(method, [arguments] * self._ranks, deadline)
+    def _all(self, what: str, call: Callable[[Any], Any], deadline_s: float | None = None) -> list[Any]:
+        return self._gathered([call(worker) for worker in self._workers], what, deadline_s)
 
-    def _each(self, method: str, arguments: list[tuple[Any, ...]], deadline: float | None = None) -> list[Any]:
-        calls = [worker.call.remote(method, *given) for worker, given in zip(self._workers, arguments, strict=True)]
-        return gather(calls, f"learner {method}", deadline or self._config.training.collective_deadline_s)
+    def _gathered(self, calls: list[Any], what: str, deadline_s: float | None = None) -> list[Any]:
+        return gather(calls, what, deadline_s or self._config.training.collective_deadline_s)
+
+
+class RayHeldStep:
+    """A rollout step whose sequences lie on the learner ranks."""
+
+    def __init__(self, learners: RayLearnerGroup, owners: Sequence[Sequence[np.ndarray]], kl_nats: Tensor) -> None:
+        self._learners = learners
+        self._owners = owners
+        self.kl_nats = kl_nats
+
+    def update(self, number: int, advantages: Tensor, weights: Tensor) -> UpdateReport:
+        by_rank = self._owners[number]
+        mine = [advantages.numpy()[owner] for owner in by_rank]
+        return self._learners.update_held(number, mine, [weights.numpy()[owner] for owner in by_rank])
+
+
+def _sample_sums(
+    owners: Sequence[Sequence[np.ndarray]], values: Sequence[Sequence[np.ndarray]], samples: int
+) -> Tensor:
+    """[N]: `values[rank][step]` of the sequences, added up by the sample that `owners[step][rank]` names."""
+    total = np.zeros(samples)
+    for rank, by_step in enumerate(values):
+        for step, found in enumerate(by_step):
+            np.add.at(total, owners[step][rank], found)
+    return torch.from_numpy(total.astype(np.float32))
+
+
+def _report(reports: Sequence[RankReport]) -> UpdateReport:
+    return UpdateReport(
+        loss=reports[0].loss,
+        grad_norm=reports[0].grad_norm,
+        learning_rate=reports[0].learning_rate,
+        trained_tokens=sum(report.trained_tokens for report in reports),
+        metrics=merged(report.metrics for report in reports).result(),
+    )

@@ -16,16 +16,17 @@ import torch  # noqa: E402
 from rlhf.algorithms import Algorithm, build  # noqa: E402
 from rlhf.algorithms.offline import OfflineAlgorithm  # noqa: E402
 from rlhf.algorithms.online import OnlineAlgorithm  # noqa: E402
-from rlhf.batches import (  # noqa: E402
-    Batch,
-    Rows,
-    annotated,
+from rlhf.batches.packing import BatchPlan, Share, WorkModel, plan_batch  # noqa: E402
+from rlhf.batches.ragged import (  # noqa: E402
+    RolloutBatch,
+    Sequences,
     rollout_batch,
-    supervised_batch,
-    train_batch,
+    supervised_sequences,
+    train_sequences,
     with_reference,
 )
 from rlhf.config import AlgorithmConfig, RunConfig  # noqa: E402
+from rlhf.protocols import StageSetup  # noqa: E402
 from rlhf.samples import (  # noqa: E402
     PreferenceGroup,
     PreferencePair,
@@ -39,28 +40,34 @@ from rlhf.samples import (  # noqa: E402
     TokenizedExample,
     VersionSpan,
 )
-from rlhf.training.batching import deal, micro_batch_count  # noqa: E402
-from rlhf.training.rank import LearnerRank  # noqa: E402
+from rlhf.training.learner import RankReport  # noqa: E402
+from rlhf.training.rank import LoadedRank, StageRank, join  # noqa: E402
 
 STEPS = 3
 K3 = {"coefficient": 0.1, "estimator": "k3", "placement": "loss"}
+IN_REWARD = {"coefficient": 0.1, "estimator": "k1", "placement": "reward"}
 TO_GO = {"coefficient": 0.1, "estimator": "k1", "placement": "reward_to_go"}
-UNPACKED = [(zero, size, False) for zero, size in product((1, 2, 3), (1, 2, 8))]
-EVERY_LAYOUT = [*UNPACKED, (1, 8, True), (2, 3, True), (3, 2, True)]
-FEW_LAYOUTS = [(1, 8, False), (3, 2, False), (2, 3, True)]
-CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int, bool]]]] = {
-    "sft": ({}, EVERY_LAYOUT),
-    "grpo_icepop": ({}, EVERY_LAYOUT),
-    "grpo": ({"kl": K3}, FEW_LAYOUTS),
+ONE_BY_ONE, FEW, ALL = 1, 60, 4096
+"""Token budgets: every sequence alone, some to a micro-batch, all in one."""
+Layout = tuple[int, int, bool]
+"""(ZeRO stage, token budget, proximal log-probs recomputed where the learner could use its own)"""
+BUDGETS = [(zero, budget, False) for zero, budget in product((1, 2, 3), (ONE_BY_ONE, FEW, ALL))]
+RECOMPUTED = [(1, FEW, True), (3, ALL, True)]
+FEW_LAYOUTS = [(1, ONE_BY_ONE, False), (3, FEW, False), (2, ALL, False)]
+CASES: dict[str, tuple[dict[str, Any], list[Layout]]] = {
+    "sft": ({}, BUDGETS),
+    "grpo_icepop": ({}, [*BUDGETS, *RECOMPUTED]),
+    "grpo": ({"kl": K3}, [*FEW_LAYOUTS, *RECOMPUTED]),
+    "rloo": ({"kl": IN_REWARD}, FEW_LAYOUTS),
     "gspo": ({"clip_low": 0.2, "clip_high": 0.2}, FEW_LAYOUTS),
     "agapo": ({"kl": TO_GO}, FEW_LAYOUTS),
     "dpo": ({}, FEW_LAYOUTS),
     "grouper": ({}, FEW_LAYOUTS),
 }
-"""Algorithm -> its hyper-parameters and the (ZeRO stage, micro-batch size, packing) it is trained with."""
+"""Algorithm -> its hyper-parameters and the layouts it is trained in."""
 
 
-def config(zero_stage: int, micro_batch_size: int, packing: bool) -> RunConfig:
+def config(zero_stage: int) -> RunConfig:
     optimizer = {"learning_rate": 1e-3, "max_grad_norm": 0.5}
     return RunConfig.model_validate(
         {
@@ -71,12 +78,7 @@ def config(zero_stage: int, micro_batch_size: int, packing: bool) -> RunConfig:
             "algorithm": {"name": "grpo_icepop"},
             "rewards": {"components": {"math": {}}},
             "rollouts": {"temperature": 0.8},
-            "training": {
-                "ranks": RANKS,
-                "zero_stage": zero_stage,
-                "micro_batch_size": micro_batch_size,
-                "packing": packing,
-            },
+            "training": {"ranks": RANKS, "zero_stage": zero_stage},
         }
     )
 
@@ -113,62 +115,84 @@ def units(random: np.random.Generator, data: str) -> list[PreferenceUnit]:
     return [PreferenceGroup(str(n), tuple(example(random) for _ in range(n)), tuple(random.random(n))) for n in sizes]
 
 
-def share_of(rows: Rows, micro_batch_size: int) -> tuple[torch.Tensor, int]:
-    """The rows of this rank, and how many micro-batches all ranks run."""
-    return deal(rows, RANKS)[RANK], micro_batch_count(rows, RANKS, micro_batch_size)
-
-
-def of_all_ranks(rows: Rows, share: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-    whole = torch.zeros(rows.token_ids.shape)
-    whole[share, : mine.shape[1]] = mine
+def of_all_ranks(plan: BatchPlan, sequences: Sequences, mine: np.ndarray) -> np.ndarray:
+    """What the ranks found for their tokens [S_rank], in the order of all `sequences` [S]."""
+    index = plan.index[RANK]
+    whole = torch.zeros(len(sequences.token_ids))
+    for number, values in zip(index, sequences.select(index).per_sequence(mine), strict=True):
+        whole[sequences.offsets[number] : sequences.offsets[number + 1]] = torch.from_numpy(values)
     if RANKS > 1:
         torch.distributed.all_reduce(whole)
-    return whole
+    return whole.numpy()
 
 
-def batch_of(rank: LearnerRank, algorithm: Algorithm, random: np.random.Generator, micro_batch_size: int) -> Batch:
+def preference_step(stage: StageRank, algorithm: OfflineAlgorithm, random: np.random.Generator, budget: int) -> Any:
+    batch = algorithm.batch(units(random, algorithm.needs.data))
+    plan = plan_batch(batch, RANKS, budget, WorkModel())
+    mine = stage.learner.logprobs(plan.shares(batch)[RANK])
+    return with_reference(batch, of_all_ranks(plan, batch, mine) - 0.1 * batch.loss_mask)
+
+
+def online_step(
+    stage: StageRank, algorithm: OnlineAlgorithm, batch: RolloutBatch, budget: int, recomputed: bool
+) -> RankReport:
+    """One rollout step with one update, as the group of all ranks does it."""
+    sequences = batch.sequences
+    plan = plan_batch(sequences, RANKS, budget, WorkModel())
+    share = plan.shares(sequences)[RANK]
+    [kl] = stage.online.hold([share])
+    total = torch.zeros(len(sequences))
+    total[plan.index[RANK]] = torch.from_numpy(kl)
+    if RANKS > 1:
+        torch.distributed.all_reduce(total)
+    advantages = algorithm.advantages(batch.samples, total)
+    weights = algorithm.sample_weights(batch.samples.completion_tokens)
+    mine = (advantages.numpy()[plan.index[RANK]], weights.numpy()[plan.index[RANK]])
+    if not recomputed:
+        return stage.online.update(0, *mine)
+    held = stage.online.held(0)
+    explicit = train_sequences(
+        share.batch,
+        *mine,
+        proximal_logprobs=stage.learner.logprobs(share),
+        reference_logprobs=held.reference_logprobs,
+    )
+    return stage.learner.update(Share(explicit, share.counts))
+
+
+def step(
+    stage: StageRank, algorithm: Algorithm, random: np.random.Generator, budget: int, recomputed: bool
+) -> RankReport:
+    if isinstance(algorithm, OnlineAlgorithm):
+        return online_step(stage, algorithm, rollout_batch(groups(random), 0, 1.0), budget, recomputed)
     if isinstance(algorithm, OfflineAlgorithm):
-        pairs = algorithm.batch(units(random, algorithm.needs.data))
-        share, count = share_of(pairs, micro_batch_size)
-        return with_reference(pairs, of_all_ranks(pairs, share, rank.logprobs(pairs.rows(share), count) - 0.1))
-    if not isinstance(algorithm, OnlineAlgorithm):
-        return supervised_batch([example(random) for _ in range(13)], algorithm.token_weights)
-    raw = rollout_batch(groups(random), 0, 1.0)
-    share, count = share_of(raw, micro_batch_size)
-    proximal = of_all_ranks(raw, share, rank.logprobs(raw.rows(share), count))
-    reference = None
-    if algorithm.needs.reference_logprobs:
-        reference = of_all_ranks(raw, share, rank.reference_logprobs(raw.rows(share), count))
-    full = annotated(raw, proximal, reference)
-    return train_batch(full, algorithm.advantages(full), algorithm.token_weights(full.loss_mask))
+        batch = preference_step(stage, algorithm, random, budget)
+    else:
+        batch = supervised_sequences([example(random) for _ in range(13)], algorithm.sample_weights)
+    plan = plan_batch(batch, RANKS, budget, WorkModel())
+    return stage.learner.update(plan.shares(batch)[RANK])
 
 
-def train(rank: LearnerRank, chosen: AlgorithmConfig, micro_batch_size: int) -> list[tuple[float, float]]:
-    algorithm, random, out = build(chosen.name, chosen.hyperparameters), np.random.default_rng(0), []
-    for _ in range(STEPS):
-        batch = batch_of(rank, algorithm, random, micro_batch_size)
-        share, count = share_of(batch, micro_batch_size)
-        report = rank.update(batch.rows(share), count)
-        out.append((report.loss, report.grad_norm))
-    return out
+def train(stage: StageRank, algorithm: Algorithm, budget: int, recomputed: bool) -> list[tuple[float, float]]:
+    random = np.random.default_rng(0)
+    reports = [step(stage, algorithm, random, budget, recomputed) for _ in range(STEPS)]
+    return [(report.loss, report.grad_norm) for report in reports]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    joined = False
+    join(RANK, config(1), "127.0.0.1", PORT)
     runs = [(layout, name) for name, (_, layouts) in CASES.items() for layout in layouts]
-    for (zero_stage, micro_batch_size, packing), name in runs:
-        settings = config(zero_stage, micro_batch_size, packing)
-        rank = LearnerRank(RANK, settings)
-        if not joined:
-            rank.join("127.0.0.1", PORT)
-            joined = True
+    for (zero_stage, budget, recomputed), name in runs:
+        settings = config(zero_stage)
+        rank = LoadedRank(RANK, settings, MODEL)
         chosen = AlgorithmConfig(name=name, **CASES[name][0])
-        rank.load(MODEL, settings.stages["sft"].optimizer, STEPS, chosen)
-        figures = train(rank, chosen, micro_batch_size)
+        stage = rank.begin_stage(StageSetup(MODEL, settings.stages["sft"].optimizer, STEPS, chosen))
+        figures = train(stage, build(name, CASES[name][0]), budget, recomputed)
+        stage.close()
         rank.close()
         if RANK == 0:
-            print("RESULT", json.dumps([zero_stage, RANKS, micro_batch_size, packing, name, figures]), flush=True)
+            print("RESULT", json.dumps([zero_stage, RANKS, budget, recomputed, name, figures]), flush=True)
 
 
 if __name__ == "__main__":

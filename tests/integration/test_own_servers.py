@@ -1,4 +1,7 @@
-"""The run's own model servers with real vLLM: a reward model's scores, and a judge whose server dies in mid-run."""
+"""The run's own model servers with real vLLM: a reward model, a judge, and a judge whose server dies in mid-run.
+
+The judge is a tiny untrained model: its nonsense becomes errors, and never a 0.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,71 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rewards.judge import JudgeReplyError, counts
 from rewards.preference import preference
-from rewards.registry import RewardInput
-from rlhf.config import Exaone4TinyModel, ServerConfig
+from rewards.registry import RewardInput, Score
+from rewards.scorer import Scorer
+from rewards.servers.local import running
+from rlhf.config import Exaone4TinyModel, RewardsConfig, ServerConfig
 from rlhf.models import prepare_model
+from rlhf.samples import RewardFailed, RewardValue, SampleGroup, ScoredGroup
 from rlhf.servers import KEY_VARIABLE
-from tests.integration.vllm_server import Running, vllm_server
+from tests.rewards.judge_server import JudgeServer, ask, ask_many, compares, serving
 
 pytestmark = pytest.mark.integration
 
 REPOSITORY = Path(__file__).parents[2]
+START_DEADLINE_S = 300.0
+CONTEXT_TOKENS = 4096  # of the judge, a token a byte: its prompt alone has some 1300
+
+Given = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is healthy. Whoever asks it puts `key` into the environment."""
+
+    url: str
+    model: str
+    key: str
+
+    @property
+    def endpoint(self) -> Given:
+        return {"base_url": self.url, "model": self.model, "api_key_env": KEY_VARIABLE, "deadline_s": 120.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reward_model(tmp_path_factory.mktemp("reward_model"))
+
+
+@pytest.fixture(scope="module")
+def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Running]]:
+    """A judge and a reward model. They start side by side, which takes little longer than one."""
+    folder = tmp_path_factory.mktemp("servers")
+    judge = prepare_model(Exaone4TinyModel(kind="exaone4_tiny", max_context_tokens=CONTEXT_TOKENS), 0, folder / "judge")
+    configs = {
+        "judge": ServerConfig(
+            kind="chat", model=str(judge), dtype="float32", max_context_tokens=CONTEXT_TOKENS, max_concurrent_requests=4
+        ),
+        "scores": ServerConfig(
+            kind="reward_model", model=str(model), dtype="float32", max_context_tokens=512, max_concurrent_requests=8
+        ),
+    }
+    with running(configs, "cpu", folder, START_DEADLINE_S) as started:
+        yield {name: Running(started.urls[name], config.model, started.key) for name, config in configs.items()}
+
+
+# --- a reward model ---------------------------------------------------------------------------------------------------
+
 PROMPT = ({"role": "user", "content": "How do I boil an egg?"},)
 COMPLETIONS = ("Seven minutes in boiling water.", "No.", "계란을 7분 동안 삶으세요.", "egg, " * 40 + "egg")
 
@@ -68,18 +119,9 @@ def transformers_scores(path: Path, completions: tuple[str, ...]) -> list[float]
     return scores
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_model(tmp_path_factory.mktemp("reward_model"))
-
-
-@pytest.fixture(scope="module")
-def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    server = ServerConfig(
-        kind="reward_model", model=str(model), dtype="float32", max_context_tokens=512, max_concurrent_requests=8
-    )
-    with vllm_server(server, tmp_path_factory.mktemp("logs")) as started:
-        yield started
+@pytest.fixture
+def scores(servers: dict[str, Running]) -> Running:
+    return servers["scores"]
 
 
 def values(server: Running, monkeypatch: pytest.MonkeyPatch, *seen: RewardInput, **params: Any) -> list[Any]:
@@ -122,6 +164,89 @@ def test_nobody_is_answered_without_the_key(scores: Running) -> None:
     for path in ("/classify", "/v1/models", "/tokenize", "/metrics"):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(scores.url.removesuffix("/v1") + path, timeout=30)
+
+
+# --- a judge ----------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"max_tokens": 16, "deadline_s": 120.0, "attempt_s": 60.0, "structured": "never"}
+
+
+@pytest.fixture
+def endpoint(servers: dict[str, Running], monkeypatch: pytest.MonkeyPatch) -> Given:
+    monkeypatch.setenv(KEY_VARIABLE, servers["judge"].key)
+    return {**servers["judge"].endpoint, **SETTINGS}
+
+
+@pytest.fixture
+def judge_server(servers: dict[str, Running]) -> JudgeServer:
+    return JudgeServer(servers["judge"].url, compares)  # for its address alone: vLLM answers
+
+
+def counted() -> Counter[str]:
+    return Counter(counts())
+
+
+@pytest.mark.parametrize("structured", ["always", "never"])
+def test_nonsense_is_an_error_and_never_a_value(judge_server: JudgeServer, endpoint: Given, structured: str) -> None:
+    before = counted()
+    texts = [f"City {structured} {row}" for row in range(4)]
+    # Enough tokens to end the JSON of a verdict.
+    seen = ask_many(judge_server, texts, {**endpoint, "structured": structured, "max_tokens": 48})
+    assert [type(one) for one in seen] == [JudgeReplyError] * 4
+    new = counted() - before
+    # A reply that the token limit cut is found before it is read as a verdict.
+    assert new["calls"] == 4 and new["retries"] == 0 and new["reply_errors"] <= 4
+    assert new["tokens"] > 4 * 1000
+
+
+def test_an_error_is_asked_about_again_and_a_verdict_is_not(judge_server: JudgeServer, endpoint: Given) -> None:
+    before = counted()
+    for _ in range(2):
+        assert isinstance(ask_many(judge_server, ["Paris"], endpoint)[0], JudgeReplyError)
+    assert (counted() - before)["calls"] == 2
+    with serving(compares) as rule:  # a verdict of a judge of the same name, by the same questions
+        assert ask(rule, "Paris", {**endpoint, "base_url": rule.url}).value == 1.0
+    before = counted()
+    remembered = ask(judge_server, "Paris", endpoint)
+    assert (remembered.value, remembered.parts["cached"]) == (1.0, 1.0)
+    assert counted() - before == Counter(cache_hits=1)
+
+
+def test_a_gated_completion_costs_the_server_nothing(judge_server: JudgeServer, endpoint: Given) -> None:
+    before = counted()
+    assert ask(judge_server, "Solution:", endpoint) == Score(0.0, "gate: no answer but 'Solution:'", {"gated": 1.0})
+    assert counted() - before == Counter()
+
+
+def test_canaries_reach_the_server(judge_server: JudgeServer, endpoint: Given) -> None:
+    before = counted()
+    ask_many(judge_server, ["Rome"], endpoint, canaries={"rate": 1.0})
+    new = counted() - before
+    assert (new["calls"], new["canaries"], new["canary_errors"]) == (2, 1, 1)
+
+
+def test_a_scorer_masks_and_counts_what_the_judge_cannot_say(
+    endpoint: Given, make_scored: Callable[..., ScoredGroup]
+) -> None:
+    component: Given = {"deadline_s": 150.0, "retries": 0, "params": {"endpoint": endpoint}}
+    scorer = Scorer(RewardsConfig.model_validate({"components": {"judge": component}}))
+    try:
+        outcomes = scorer.score(judged_group(make_scored)).outcomes
+        metrics = scorer.metrics()
+    finally:
+        scorer.close()
+    assert [type(outcome) for outcome in outcomes] == [RewardFailed, RewardFailed, RewardValue]
+    assert outcomes[2].reason.startswith("gate:")
+    assert metrics["reward_service/judge/calls"] == 3
+    assert metrics["reward_service/judge/errors/raised"] == 2
+
+
+def judged_group(make_scored: Callable[..., ScoredGroup]) -> SampleGroup:
+    """Two completions that are judged and one that fails a gate."""
+    group = make_scored((0.0, 0.0, 0.0)).group
+    rendered = replace(group.rendered, prompt=replace(group.rendered.prompt, reward="judge", answer="Paris"))
+    samples = (*group.samples[:2], replace(group.samples[2], completion=":"))
+    return replace(group, rendered=rendered, samples=samples)
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from rlhf.algorithms import build
-from rlhf.batches import supervised_batch
+from rlhf.batches.packing import Share
+from rlhf.batches.ragged import supervised_sequences
 from rlhf.config import AlgorithmConfig, RunConfig
 from rlhf.errors import AttestationError
 from rlhf.models import prepare_model
+from rlhf.protocols import StageSetup
 from rlhf.samples import TokenizedExample
 from rlhf.training.deepspeed_engine import environment as learner_environment
-from rlhf.training.rank import LearnerRank
+from rlhf.training.rank import LoadedRank, join
 from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.publisher import WeightPublisher
@@ -76,25 +78,27 @@ class Stack:
         model = prepare_model(self.config.model, 0, directory / "model")
         settings = engine_settings(self.config)
         self.client = InProcessEngine(lambda: VllmEngine(str(model), settings, "ray", "cpu", 0))
-        self.learner = LearnerRank(0, self.config)
         if not torch.distributed.is_initialized():
-            self.learner.join("127.0.0.1", free_port())
+            join(0, self.config, "127.0.0.1", free_port())
+        self.rank = LoadedRank(0, self.config, model)
+        self.sender = self.rank.connect(self.client)
         self.algorithm = build("sft", {})
-        self.learner.load(model, self.config.stages["sft"].optimizer, 100, AlgorithmConfig(name="sft"))
-        self.learner.connect(self.client)
+        optimizer = self.config.stages["sft"].optimizer
+        self.stage = self.rank.begin_stage(StageSetup(model, optimizer, 100, AlgorithmConfig(name="sft")))
         self.version = 0
 
     def train(self) -> None:
         """One large optimiser step, so that old and new weights cannot be mistaken for one another."""
         token_ids = torch.arange(20, 60).numpy().astype("int32")
         example = TokenizedExample(token_ids, token_ids > 25)
-        self.learner.update(supervised_batch([example], self.algorithm.token_weights), 1)
+        batch = supervised_sequences([example], self.algorithm.sample_weights)
+        self.stage.learner.update(Share(batch, (1,)))
 
     def publish(self, transport=None):
         if transport is not None:
-            self.learner._transport = transport(self.client, self.learner._source, 0, self.config)
+            self.sender.transport = transport(self.client, self.sender.source, 0, self.config)
         self.version += 1
-        publisher = WeightPublisher(self.learner, self.client, PROBE, self.config.attestation_limits)
+        publisher = WeightPublisher(self.sender, self.client, PROBE, self.config.attestation_limits)
         return publisher.publish(self.version)
 
     def honest(self):
@@ -120,7 +124,7 @@ def stack(request, tmp_path_factory):
     os.environ.update(vllm_environment("cpu", 1) | learner_environment("cpu", 1))
     stack = Stack(tmp_path_factory.mktemp("sync"), request.param)
     yield stack
-    stack.learner.close()
+    stack.rank.close()
     stack.client.do(stack.client.engine.shutdown())
 
 
@@ -158,7 +162,7 @@ def test_sampled_logprobs_agree_with_the_learner_after_a_sync(stack):
     request = SamplingRequest(samples=8, max_tokens=40, temperature=1.0, stop_token_ids=())
     completions = stack.client.do(stack.client.engine.generate(PROBE[0], request))
     sequences = [PROBE[0] + completion.token_ids for completion in completions]
-    learner = stack.learner.evidence(stack.version, sequences).probe_logprobs
+    learner = stack.sender.evidence(stack.version, sequences).probe_logprobs
     gaps = [
         abs(a - b)
         for values, completion in zip(learner, completions, strict=True)
@@ -189,7 +193,7 @@ def test_a_tensor_with_one_altered_element_is_named(stack):
 
 
 def test_an_old_version_under_a_new_label_is_refused(stack):
-    SendsAnOldVersion.old = {name: tensor.clone() for name, tensor in stack.learner._source}
+    SendsAnOldVersion.old = {name: tensor.clone() for name, tensor in stack.sender.source}
     stack.train()
     with pytest.raises(AttestationError, match="arrived as"):
         stack.publish(SendsAnOldVersion)
@@ -213,9 +217,9 @@ def test_the_saved_policy_has_the_learners_exact_bits_and_loads_in_transformers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stack.train()
-    stack.learner.save_policy(tmp_path / "policy")
+    stack.rank.save_policy(tmp_path / "policy")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
-    learner = {name: tensor.clone() for name, tensor in stack.learner._source}
+    learner = {name: tensor.clone() for name, tensor in stack.sender.source}
     assert saved.keys() == learner.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in learner.items())
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,32 @@ def author(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def pool(author: str) -> Iterator[ProcessPool]:
+@contextmanager
+def open_pool(author: str) -> Iterator[ProcessPool]:
     pool = ProcessPool(1, 512 * MIB, [author], async_calls=64)
-    yield pool
-    pool.close()
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def pool(author: str) -> Iterator[ProcessPool]:
+    """Shared: a process that one test kills is replaced in the next."""
+    with open_pool(author) as pool:
+        yield pool
+
+
+@pytest.fixture
+def fresh_pool(author: str) -> Iterator[ProcessPool]:
+    """A pool without an async process yet, for the tests that tell its processes apart."""
+    with open_pool(author) as pool:
+        yield pool
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.lane.GRACE_S", 0.3)
 
 
 def call(how: str, deadline_s: float = 20.0, **params: float) -> Call:
@@ -97,7 +119,7 @@ def pids(answers: list[Answer]) -> set[str]:
 def test_64_calls_wait_side_by_side_in_one_process(pool: ProcessPool) -> None:
     pool.answers([call("warm up", seconds=0.0)])
     started = time.monotonic()
-    answers = pool.answers([call(f"fine {i}", seconds=1.0) for i in range(64)])
+    answers = pool.answers([call(f"fine {i}", seconds=0.5) for i in range(64)])
     assert time.monotonic() - started < 10.0
     assert kinds(answers) == ["Score"] * 64
     assert len(pids(answers)) == 1
@@ -120,6 +142,7 @@ def test_a_call_that_overruns_is_cancelled_and_the_process_goes_on(pool: Process
     assert pids(answers) == before
 
 
+@pytest.mark.usefixtures("short_grace")
 @pytest.mark.parametrize("how", ["block", "swallow"])
 def test_a_call_that_does_not_react_is_killed_and_only_it_fails(pool: ProcessPool, how: str) -> None:
     calls = [call("fine"), call(how, 0.5), call("fine 2", seconds=1.0), call("abstain")]
@@ -127,28 +150,27 @@ def test_a_call_that_does_not_react_is_killed_and_only_it_fails(pool: ProcessPoo
 
 
 def test_a_call_that_ends_the_process_is_the_only_one_that_fails(pool: ProcessPool) -> None:
-    calls = [call(f"fine {i}", seconds=0.5) for i in range(6)]
-    calls[3] = call("exit")
+    calls = [call(f"fine {i}", seconds=0.3) for i in range(4)]
+    calls[2] = call("exit")
     answers = pool.answers(calls)
-    assert kinds(answers) == ["Score"] * 3 + ["crash"] + ["Score"] * 2
-    failure = answers[3].failure
+    assert kinds(answers) == ["Score"] * 2 + ["crash"] + ["Score"]
+    failure = answers[2].failure
     assert failure is not None and "exit code 3" in failure.message
 
 
-def test_a_process_killed_in_the_middle_loses_no_sample(pool: ProcessPool) -> None:
-    one_at_a_time = set(pool.pids())
-    pool.answers([call("warm up")])
-    before = set(pool.pids()) - one_at_a_time
+def test_a_process_killed_in_the_middle_loses_no_sample(fresh_pool: ProcessPool) -> None:
+    one_at_a_time = set(fresh_pool.pids())
+    fresh_pool.answers([call("warm up", seconds=0.0)])
+    (before,) = set(fresh_pool.pids()) - one_at_a_time
     results: list[Answer] = []
-    calls = [call(f"fine {i}", seconds=1.0) for i in range(4)]
-    thread = threading.Thread(target=lambda: results.extend(pool.answers(calls)))
+    calls = [call(f"fine {i}", seconds=0.7) for i in range(3)]
+    thread = threading.Thread(target=lambda: results.extend(fresh_pool.answers(calls)))
     thread.start()
-    time.sleep(0.4)
-    for pid in before:
-        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.3)
+    os.kill(before, signal.SIGKILL)
     thread.join(30.0)
-    assert kinds(results) == ["Score"] * 4
-    assert not before & set(pool.pids())
+    assert kinds(results) == ["Score"] * 3
+    assert before not in fresh_pool.pids()
 
 
 def test_every_kind_of_end_is_told_apart(pool: ProcessPool) -> None:
@@ -223,18 +245,20 @@ def test_one_wrong_value_of_a_group_fails_that_sample_alone(pool: ProcessPool) -
 # --- health -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_process_answers_a_canary(pool: ProcessPool) -> None:
-    assert pool.health().answered == 1
-    pool.answers([call("fine")])
-    health = pool.health()
+def test_every_process_answers_a_canary(fresh_pool: ProcessPool) -> None:
+    assert fresh_pool.health().answered == 1
+    fresh_pool.answers([call("fine")])
+    health = fresh_pool.health()
     assert (health.processes, health.answered, health.failed) == (2, 2, 0)
 
 
-def test_a_stopped_process_fails_the_canary_and_is_replaced(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_process_fails_the_canary_and_is_replaced(
+    fresh_pool: ProcessPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rewards.processes.CANARY_DEADLINE_S", 0.5)
-    (pid,) = pool.pids()
+    (pid,) = fresh_pool.pids()
     os.kill(pid, signal.SIGSTOP)
-    assert pool.health().failed == 1
+    assert fresh_pool.health().failed == 1
     monkeypatch.undo()
-    assert pool.health().answered == 1
-    assert pool.pids() != (pid,)
+    assert fresh_pool.health().answered == 1
+    assert fresh_pool.pids() != (pid,)

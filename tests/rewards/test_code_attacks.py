@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,22 @@ def test_what_a_candidate_says_is_printable_in_the_result(tier: Tier) -> None:
         assert result.summary().encode()
 
 
+def sandbox_runs() -> bool:
+    """A process runs under the user id of a slot."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if FIRST_UID <= path.stat().st_uid < FIRST_UID + SLOTS:
+                return True
+    return False
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
 def test_a_killed_grader_takes_its_sandbox_with_it(tier: Tier) -> None:
     if os.geteuid() != 0:
         pytest.skip("without root a sandbox has no user id to find its processes by")
@@ -60,13 +78,11 @@ def test_a_killed_grader_takes_its_sandbox_with_it(tier: Tier) -> None:
     if pid == 0:
         grade("import time\ndef f(x): time.sleep(60)", TESTS, Limits(wall_s=50, test_s=50), tier=tier)
         os._exit(0)
-    time.sleep(1)
+    assert eventually(sandbox_runs)
+    time.sleep(0.2)  # so that the candidate runs and not only its sandbox
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    deadline = time.monotonic() + 10
-    while left_processes() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert left_processes() == []
+    assert eventually(lambda: left_processes() == [])
 
 
 def test_a_slot_is_in_use_while_it_is_held() -> None:

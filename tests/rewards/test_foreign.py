@@ -81,7 +81,30 @@ MESSAGES = ({"role": "system", "content": "system text"}, {"role": "user", "cont
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("theirs") / "theirs.py"
     path.write_text(THEIRS)
+    path.with_name("decorated.py").write_text(DECORATED)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def pool(theirs: str, url: str) -> Iterator[ProcessPool]:
+    """One pool with every function and server of others."""
+    decorated = str(Path(theirs).with_name("decorated.py"))
+    trl = ("format_reward_func", "multi_task", "waits", "needs_solution", "one_number")
+    foreign = [
+        *(Foreign(name, "trl", f"{theirs}:{name}") for name in trl),
+        Foreign("plain_text", "trl", f"{theirs}:plain_text", conversational=False),
+        Foreign("verl", "verl", f"{theirs}:compute_score"),
+        Foreign("verl in a range", "verl", f"{theirs}:compute_score", low=0.0, high=0.5),
+        Foreign("openrlhf", "openrlhf", f"{theirs}:reward_func"),
+        Foreign("plain", "groupwise", f"{theirs}:own"),
+        Foreign("mine", "groupwise", f"{decorated}:signed"),
+        Foreign("again", "groupwise", f"{decorated}:signed"),
+        Foreign("remote", "openrlhf", url=url),
+        Foreign("unreachable", "openrlhf", url="http://127.0.0.1:9/get_reward"),
+    ]
+    pool = ProcessPool(1, 1 << 29, foreign=foreign)
+    yield pool
+    pool.close()
 
 
 def sample(completion: str) -> RewardInput:
@@ -89,16 +112,16 @@ def sample(completion: str) -> RewardInput:
     return RewardInput.of(completion, "42", messages=MESSAGES, metadata=metadata)
 
 
-def run(foreign: list[Foreign], *calls: tuple[str, list[str]], **params: Any) -> list[Answer]:
-    pool = ProcessPool(1, 1 << 29, foreign=foreign)
-    try:
-        made = []
-        for component, texts in calls:
-            seen = tuple(sample(text) for text in texts)
-            made.append(Call(component, seen if pool.rewards[component].group else seen[0], params, 10.0))
-        return pool.answers(made)
-    finally:
-        pool.close()
+def run(pool: ProcessPool, *calls: tuple[str, list[str]], **params: Any) -> list[Answer]:
+    made = []
+    for component, texts in calls:
+        seen = tuple(sample(text) for text in texts)
+        made.append(Call(component, seen if pool.rewards[component].group else seen[0], params, 10.0))
+    return pool.answers(made)
+
+
+def start(foreign: Foreign) -> None:
+    ProcessPool(1, 1 << 29, foreign=[foreign]).close()
 
 
 def values(answer: Answer) -> list[float | str]:
@@ -110,12 +133,10 @@ def message(answer: Answer) -> str:
     return answer.failure.message
 
 
-def test_trl_functions_run_unchanged(theirs: str) -> None:
-    names = ("format_reward_func", "multi_task", "waits", "needs_solution", "one_number")
-    foreign = [Foreign(name, "trl", f"{theirs}:{name}") for name in names]
-    foreign.append(Foreign("plain_text", "trl", f"{theirs}:plain_text", conversational=False))
+def test_trl_functions_run_unchanged(pool: ProcessPool) -> None:
+    names = ("format_reward_func", "multi_task", "waits", "needs_solution", "one_number", "plain_text")
     texts = ["<think>a</think>b", "short"]
-    by_name = dict(zip((*names, "plain_text"), run(foreign, *((one.name, texts) for one in foreign)), strict=True))
+    by_name = dict(zip(names, run(pool, *((name, texts) for name in names)), strict=True))
     assert values(by_name["format_reward_func"]) == [1.0, 0.0]
     assert values(by_name["multi_task"]) == [17.0, "Abstain"]
     assert by_name["multi_task"].verdicts[1] == Abstain("the function returned None")
@@ -128,44 +149,32 @@ def test_trl_functions_run_unchanged(theirs: str) -> None:
 
 def test_a_trl_function_that_needs_the_trainer_is_refused_at_start(theirs: str) -> None:
     with pytest.raises(ConfigError, match=r"must not need completion_ids\. A reward here sees text"):
-        run([Foreign("ids", "trl", f"{theirs}:needs_ids")])
+        start(Foreign("ids", "trl", f"{theirs}:needs_ids"))
 
 
-def test_verl_functions_run_unchanged(theirs: str) -> None:
-    verl = Foreign("gsm", "verl", f"{theirs}:compute_score")
-    calls = [("gsm", [text]) for text in ("42", "41", "dict", "no score", "nan")]
-    answers = run([verl], *calls, bonus=0.25)
+def test_verl_functions_run_unchanged(pool: ProcessPool) -> None:
+    calls = [("verl", [text]) for text in ("42", "41", "dict", "no score", "nan")]
+    answers = run(pool, *calls, bonus=0.25)
     assert [values(answer)[0] for answer in answers] == [1.25, 0.25, 0.5, "Failure", "Failure"]
     assert answers[2].verdicts[0] == Score(0.5, "", {"acc": 1.0, "depth": 3.0})
     assert "without 'score': it has acc" in message(answers[3])
 
 
-def test_openrlhf_functions_run_unchanged(theirs: str) -> None:
-    function = Foreign("openrlhf", "openrlhf", f"{theirs}:reward_func")
-    answers = run([function], *(("openrlhf", [text, "is 42"]) for text in ("is 41", "list", "short")))
+def test_openrlhf_functions_run_unchanged(pool: ProcessPool) -> None:
+    answers = run(pool, *(("openrlhf", [text, "is 42"]) for text in ("is 41", "list", "short")))
     assert answers[0].verdicts[1] == Score(1.0, "", {"scores": 1.0, "half": 0.5})
     assert [values(answer) for answer in answers] == [[0.0, 1.0], [1.0, 2.0], ["Failure", "Failure"]]
     assert "returned 1 values for 2 samples" in message(answers[2])
 
 
-def test_parameters_of_foreign_functions_are_known(theirs: str) -> None:
-    foreign = [Foreign("gsm", "verl", f"{theirs}:compute_score"), Foreign("t", "trl", f"{theirs}:waits")]
-    pool = ProcessPool(1, 1 << 29, foreign=foreign)
-    pool.close()
-    gsm, trl = pool.rewards["gsm"], pool.rewards["t"]
-    assert (gsm.accepts, gsm.requires, gsm.group, gsm.is_async) == (("bonus",), (), False, False)
+def test_parameters_of_foreign_functions_are_known(pool: ProcessPool) -> None:
+    verl, trl = pool.rewards["verl"], pool.rewards["waits"]
+    assert (verl.accepts, verl.requires, verl.group, verl.is_async) == (("bonus",), (), False, False)
     assert (trl.accepts, trl.requires, trl.group, trl.is_async) == (None, (), True, True)
 
 
-def test_own_functions_need_no_decorator_and_keep_theirs(theirs: str, tmp_path: Path) -> None:
-    path = tmp_path / "decorated.py"
-    path.write_text(DECORATED)
-    foreign = [
-        Foreign("plain", "groupwise", f"{theirs}:own"),
-        Foreign("mine", "groupwise", f"{path}:signed"),
-        Foreign("again", "groupwise", f"{path}:signed"),
-    ]
-    answers = run(foreign, ("plain", ["42"]), ("mine", ["x"]), ("again", ["x"]))
+def test_own_functions_need_no_decorator_and_keep_theirs(pool: ProcessPool) -> None:
+    answers = run(pool, ("plain", ["42"]), ("mine", ["x"]), ("again", ["x"]))
     assert [values(answer) for answer in answers] == [[1.0], [2.0], [2.0]]
 
 
@@ -179,17 +188,16 @@ def test_own_functions_need_no_decorator_and_keep_theirs(theirs: str, tmp_path: 
 )
 def test_a_path_without_a_function_is_refused_at_start(theirs: str, path: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=rf"rewards\.components\.mine\.path = .*{problem}"):
-        run([Foreign("mine", "verl", path.format(theirs))])
+        start(Foreign("mine", "verl", path.format(theirs)))
 
 
 def test_a_foreign_reward_may_not_take_a_known_name(theirs: str) -> None:
     with pytest.raises(ConfigError, match="a name can be registered once"):
-        run([Foreign("math", "verl", f"{theirs}:compute_score")])
+        start(Foreign("math", "verl", f"{theirs}:compute_score"))
 
 
-def test_a_declared_range_is_held(theirs: str) -> None:
-    foreign = [Foreign("gsm", "verl", f"{theirs}:compute_score", low=0.0, high=0.5)]
-    answers = run(foreign, ("gsm", ["dict"]), ("gsm", ["42"]))
+def test_a_declared_range_is_held(pool: ProcessPool) -> None:
+    answers = run(pool, ("verl in a range", ["dict"]), ("verl in a range", ["42"]))
     assert values(answers[0]) == [0.5]
     assert "must lie in [0, 0.5]" in message(answers[1])
 
@@ -213,7 +221,7 @@ class Server(BaseHTTPRequestHandler):
         body = "<html>" if how == "text" else json.dumps({"rewards": [0.5] * (count - 1) + [None]})
         self.send_response(status)
         if status == 429:
-            self.send_header("Retry-After", "2")
+            self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -221,7 +229,7 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -232,10 +240,9 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_server_that_speaks_openrlhf_is_a_reward(url: str) -> None:
-    remote = [Foreign("remote", "openrlhf", url=url)]
+def test_a_server_that_speaks_openrlhf_is_a_reward(pool: ProcessPool) -> None:
     hows = ("good", "busy", "refused", "text", "short")
-    answers = run(remote, *(("remote", [how, "b"]) for how in hows))
+    answers = run(pool, *(("remote", [how, "b"]) for how in hows))
     assert values(answers[0]) == [0.5, "Abstain"]
     kinds = [answer.failure.kind if isinstance(answer.failure, Failure) else "" for answer in answers[1:]]
     assert kinds == ["transient", "invalid", "invalid", "invalid"]
@@ -261,7 +268,7 @@ def test_a_server_that_asks_to_wait_is_asked_again_when_that_is_over(
     finally:
         scorer.close()
     assert [type(outcome) for outcome in scored.outcomes] == [RewardValue, Abstained]
-    assert time.monotonic() - started >= 2.0
+    assert time.monotonic() - started >= 1.0
 
 
 def test_a_server_may_ask_for_an_hour_and_gets_a_minute() -> None:
@@ -270,8 +277,8 @@ def test_a_server_may_ask_for_an_hour_and_gets_a_minute() -> None:
     assert scorer_wait_s(Answer((Failure("transient", "busy"),), 0.0), 1) < 1.0
 
 
-def test_a_server_that_cannot_be_reached_is_a_transient_failure() -> None:
-    (answer,) = run([Foreign("remote", "openrlhf", url="http://127.0.0.1:9/get_reward")], ("remote", ["a"]))
+def test_a_server_that_cannot_be_reached_is_a_transient_failure(pool: ProcessPool) -> None:
+    (answer,) = run(pool, ("unreachable", ["a"]))
     assert answer.failure is not None
     assert answer.failure.kind == "transient"
 

@@ -32,7 +32,8 @@ from rewards import Abstain, Score, TransientRewardError, reward
 @reward("mine")
 def mine(sample):
     how = sample.final.split()[0] if sample.final else ""
-    if how == "slow": time.sleep(0.6)
+    if how == "slow": time.sleep(0.15)
+    if how == "long": time.sleep(0.6)
     if how == "hang": time.sleep(60)
     if how == "raise": raise KeyError("the author's own")
     if how == "again": raise TransientRewardError("busy")
@@ -211,8 +212,9 @@ def test_a_port_that_is_taken_and_an_unknown_reward_end_it_at_the_start(server: 
 def test_on_sigterm_it_answers_what_is_in_flight_and_leaves_no_process(author: str) -> None:
     server = Server("--rewards", "mine", "--module", author)
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(server.ask, "/score", rows("slow"))
-        time.sleep(0.3)
+        answer = threads.submit(server.ask, "/score", rows("long"))
+        while server.ask("/metrics")[1]["http/queue"] == 0:
+            assert not answer.done()
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         assert server.end() == 0
         assert answer.result()[1]["results"][0]["status"] == "value"
@@ -230,18 +232,30 @@ def _alive(pid: int) -> bool:
 # --- used by URL ------------------------------------------------------------------------------------------------------
 
 
-def judged(foreign: Foreign, *completions: str, deadline_s: float = 20.0) -> Answer:
-    pool = ProcessPool(1, 1 << 29, foreign=[foreign])
-    try:
-        messages = ({"role": "user", "content": "6 x 7?"},)
-        seen = tuple(RewardInput.of(text, "42", messages=messages, metadata={"k": [1]}) for text in completions)
-        return pool.answers([Call(foreign.name, seen, {}, deadline_s)])[0]
-    finally:
-        pool.close()
+@pytest.fixture(scope="module")
+def pool(server: Server) -> Iterator[ProcessPool]:
+    """One pool whose rewards are asked of the server, each by a URL of another kind."""
+    urls = {
+        "mine": server.url,
+        "math": f"{server.url}/",
+        "whole": f"{server.url}/score/share",
+        "unknown": f"{server.url}/score/none",
+        "unreachable": "http://127.0.0.1:9",
+        "other protocol": f"{server.url}/get_reward/mine",
+    }
+    pool = ProcessPool(1, 1 << 29, foreign=[Foreign(name, "groupwise", url=url) for name, url in urls.items()])
+    yield pool
+    pool.close()
 
 
-def test_values_abstentions_and_errors_are_by_url_what_they_are_here(server: Server) -> None:
-    answer = judged(Foreign("mine", "groupwise", url=server.url), "x", "abstain", "raise", "again")
+def judged(pool: ProcessPool, name: str, *completions: str, deadline_s: float = 20.0) -> Answer:
+    messages = ({"role": "user", "content": "6 x 7?"},)
+    seen = tuple(RewardInput.of(text, "42", messages=messages, metadata={"k": [1]}) for text in completions)
+    return pool.answers([Call(name, seen, {}, deadline_s)])[0]
+
+
+def test_values_abstentions_and_errors_are_by_url_what_they_are_here(pool: ProcessPool) -> None:
+    answer = judged(pool, "mine", "x", "abstain", "raise", "again")
     value, abstained, raised, transient = answer.verdicts
     assert value == Score(0.5, "6 x 7?", {"part": 0.25})
     assert abstained == Abstain("not asked")
@@ -252,36 +266,36 @@ def test_values_abstentions_and_errors_are_by_url_what_they_are_here(server: Ser
     assert transient.transient
 
 
-def test_a_served_reward_may_stand_in_for_the_one_of_its_name(server: Server) -> None:
-    answer = judged(Foreign("math", "groupwise", url=f"{server.url}/"), "\\boxed{42}", "it is 42")
+def test_a_served_reward_may_stand_in_for_the_one_of_its_name(pool: ProcessPool) -> None:
+    answer = judged(pool, "math", "\\boxed{42}", "it is 42")
     assert [verdict.value for verdict in answer.verdicts if isinstance(verdict, Score)] == [1.0, 0.0]
 
 
-def test_a_url_with_a_path_is_taken_as_it_is(server: Server) -> None:
+def test_a_url_with_a_path_is_taken_as_it_is(pool: ProcessPool) -> None:
     assert endpoint("http://h:1", "math") == endpoint("http://h:1/", "math") == "http://h:1/score/math"
     assert endpoint("https://h/v1/score/other", "math") == "https://h/v1/score/other"
-    answer = judged(Foreign("far", "groupwise", url=f"{server.url}/score/share"), "x", "y")
+    answer = judged(pool, "whole", "x", "y")
     assert [verdict.value for verdict in answer.verdicts if isinstance(verdict, Score)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
-    ("url", "kind", "message"),
+    ("name", "kind", "message"),
     [
-        ("{url}/score/none", "invalid", "404"),
-        ("http://127.0.0.1:9", "transient", "cannot be reached"),
-        ("{url}/get_reward/mine", "invalid", "400"),
+        ("unknown", "invalid", "404"),
+        ("unreachable", "transient", "cannot be reached"),
+        ("other protocol", "invalid", "400"),
     ],
 )
-def test_only_what_may_pass_is_transient(server: Server, url: str, kind: str, message: str) -> None:
-    failure = judged(Foreign("far", "groupwise", url=url.format(url=server.url)), "x").failure
+def test_only_what_may_pass_is_transient(pool: ProcessPool, name: str, kind: str, message: str) -> None:
+    failure = judged(pool, name, "x").failure
     assert failure is not None
     assert failure.kind == kind
     assert message in failure.message
 
 
-def test_the_deadline_of_the_component_ends_the_wait(server: Server) -> None:
+def test_the_deadline_of_the_component_ends_the_wait(pool: ProcessPool) -> None:
     started = time.monotonic()
-    failure = judged(Foreign("mine", "groupwise", url=server.url), "hang", deadline_s=0.3).failure
+    failure = judged(pool, "mine", "hang", deadline_s=0.3).failure
     assert failure is not None
     assert failure.kind == "timeout"
     assert time.monotonic() - started < 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,7 +192,14 @@ def test_bare_and_boxed_references_are_judged_alike() -> None:
         assert value(gold, rf"\boxed{{{gold}}}") == value(rf"\boxed{{{gold}}}", rf"\boxed{{{gold}}}") == 1.0
 
 
-def test_hostile_expressions_do_not_hurt_those_that_wait_with_them() -> None:
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    pool = ProcessPool(1, 1 << 30)
+    yield pool
+    pool.close()
+
+
+def test_hostile_expressions_do_not_hurt_those_that_wait_with_them(pool: ProcessPool) -> None:
     hostile = (
         "9^{9^{9^9}} + x",
         "2^{10^{10}} x",
@@ -199,39 +207,30 @@ def test_hostile_expressions_do_not_hurt_those_that_wait_with_them() -> None:
         "(" * 450 + "x" + ")" * 450,
         r"\binom{10^{9}}{10^{8}} x",
     )
-    calls = [Call("math", RewardInput.of(rf"\boxed{{{answer}}}", "x^2+1"), {}, 1.0) for answer in hostile]
+    calls = [Call("math", RewardInput.of(rf"\boxed{{{answer}}}", "x^2+1"), {}, 0.5) for answer in hostile]
     honest = Call("math", RewardInput.of(r"\boxed{1+x^2}", "x^2+1"), {}, 30.0)
-    pool = ProcessPool(1, 1 << 30)
-    try:
-        started = time.monotonic()
-        verdicts = pool.run([call for hostile_one in calls for call in (honest, hostile_one)])
-        assert time.monotonic() - started < 120.0
-        assert verdicts[::2] == [Score(1.0, "right (math-verify): 1+x^2")] * len(calls)
-        for verdict in verdicts[1::2]:
-            assert verdict.value == 0.0 if isinstance(verdict, Score) else isinstance(verdict, Failure)
-        assert pool.health().answered == 1
-    finally:
-        pool.close()
+    started = time.monotonic()
+    verdicts = pool.run([call for hostile_one in calls for call in (honest, hostile_one)])
+    assert time.monotonic() - started < 120.0
+    assert verdicts[::2] == [Score(1.0, "right (math-verify): 1+x^2")] * len(calls)
+    for verdict in verdicts[1::2]:
+        assert verdict.value == 0.0 if isinstance(verdict, Score) else isinstance(verdict, Failure)
+    assert pool.health().answered == 1
 
 
-def test_hostile_expressions_stop_at_the_deadline_and_the_pool_goes_on() -> None:
-    pool = ProcessPool(1, 1 << 30)
-
+def test_hostile_expressions_stop_at_the_deadline_and_the_pool_goes_on(pool: ProcessPool) -> None:
     def run(answer: str, deadline_s: float) -> Verdict:
         return pool.run([Call("math", RewardInput.of(rf"\boxed{{{answer}}}", "x^2+1"), {}, deadline_s)])[0]
 
-    try:
-        assert run("1+x^2", 30.0) == Score(1.0, "right (math-verify): 1+x^2")
-        for hostile in ("2^{10^{10}} x", "(" * 450 + "x" + ")" * 450):
-            started = time.monotonic()
-            verdict = run(hostile, 1.0)
-            assert time.monotonic() - started < 30.0  # with the start of another process, on a busy machine
-            assert isinstance(verdict, Failure) or verdict == Score(0.0, f"wrong (math-verify): {hostile[:80]}")
-        too_long = "(" * 3000 + "x" + ")" * 3000
-        assert run(too_long, 1.0) == Score(0.0, f"wrong (too long): {too_long[:80]}")
-        assert run("1+x^2", 30.0) == Score(1.0, "right (math-verify): 1+x^2")
-    finally:
-        pool.close()
+    assert run("1+x^2", 30.0) == Score(1.0, "right (math-verify): 1+x^2")
+    for hostile in ("2^{10^{10}} x", "(" * 450 + "x" + ")" * 450):
+        started = time.monotonic()
+        verdict = run(hostile, 1.0)
+        assert time.monotonic() - started < 30.0  # with the start of another process, on a busy machine
+        assert isinstance(verdict, Failure) or verdict == Score(0.0, f"wrong (math-verify): {hostile[:80]}")
+    too_long = "(" * 3000 + "x" + ")" * 3000
+    assert run(too_long, 1.0) == Score(0.0, f"wrong (too long): {too_long[:80]}")
+    assert run("1+x^2", 30.0) == Score(1.0, "right (math-verify): 1+x^2")
 
 
 def gsm8k_references() -> list[str]:

@@ -60,11 +60,18 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def pool(module: str) -> Iterator[ProcessPool]:
+@pytest.fixture(scope="module")
+def shared_pool(module: str) -> Iterator[ProcessPool]:
     pool = ProcessPool(1, 512 * MIB, [module])
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def pool(shared_pool: ProcessPool) -> ProcessPool:
+    # A test may have killed the process, and the next one is only started by the next call.
+    assert shared_pool.run([call("ok")]) == [FINE]
+    return shared_pool
 
 
 def call(how: str, deadline_s: float = 5.0, **params: str) -> Call:

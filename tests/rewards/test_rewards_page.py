@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(folder: Path, command: str) -> str:
+@pytest.fixture(scope="module")
+def outputs(folder: Path) -> dict[str, str]:
+    """The output of each command of the page. They are independent of each other, so two run at a time."""
+    with ThreadPoolExecutor(2) as threads:
+        return dict(zip(COMMANDS, threads.map(lambda command: run(folder, command), COMMANDS), strict=True))
+
+
+def run(folder: Path, command: str) -> str:
     words = [sys.executable, *command.split()[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -58,23 +66,25 @@ def test_the_page_has_the_files_and_commands_that_are_tested() -> None:
     assert all(line.startswith("python -m rewards ") for line in COMMANDS)
 
 
-def test_the_reward_of_the_page_is_fit_to_train_against(folder: Path) -> None:
-    assert "unit_answer: fit to train against" in told(folder, command("rewards test"))
+def test_the_reward_of_the_page_is_fit_to_train_against(outputs: dict[str, str]) -> None:
+    assert "unit_answer: fit to train against" in outputs[command("rewards test")]
 
 
-def test_it_scores_the_examples_with_its_parameter(folder: Path) -> None:
-    assert values(told(folder, command("score unit_answer"))) == [1.0, 0.25, 0.0, None]
+def test_it_scores_the_examples_with_its_parameter(outputs: dict[str, str]) -> None:
+    assert values(outputs[command("score unit_answer")]) == [1.0, 0.25, 0.0, None]
 
 
-def test_show_says_what_it_reads_and_takes(folder: Path) -> None:
-    page = told(folder, command("rewards show"))
+def test_show_says_what_it_reads_and_takes(outputs: dict[str, str]) -> None:
+    page = outputs[command("rewards show")]
     assert "reads metadata: unit" in page
     assert "partial: float = 0.5" in page
 
 
 @pytest.mark.parametrize(("style", "expected"), [("trl", [0.0, 1.0]), ("verl", [1.0, 0.0]), ("openrlhf", [1.0, 0.0])])
-def test_functions_of_other_trainers_run_as_the_page_says(folder: Path, style: str, expected: list[float]) -> None:
-    assert values(told(folder, command(f"--style {style}"))) == expected
+def test_functions_of_other_trainers_run_as_the_page_says(
+    outputs: dict[str, str], style: str, expected: list[float]
+) -> None:
+    assert values(outputs[command(f"--style {style}")]) == expected
 
 
 def test_the_configurations_of_the_page_are_valid() -> None:

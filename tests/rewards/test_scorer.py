@@ -75,7 +75,7 @@ def group(*completions: str, reward: str = "task") -> SampleGroup:
     return SampleGroup("g7", rendered, tuple(sample(i, text) for i, text in enumerate(completions)), 0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scorer(author: str) -> Iterator[Scorer]:
     components = {
         "task": {"weight": 2.0, "deadline_s": 0.4, "params": {"bonus": 0.25}},
@@ -169,7 +169,8 @@ def test_every_wrong_component_and_parameter_is_reported_at_once(author: str) ->
     assert "Did you mean bonus?" in refused.value.problems[1]
 
 
-def test_close_leaves_no_process(scorer: Scorer) -> None:
+def test_close_leaves_no_process(author: str) -> None:
+    scorer = Scorer(config(author, task={}))
     pids = scorer.pids()
     scorer.close()
     assert pids

@@ -177,8 +177,8 @@ def test_a_command_that_does_not_exist_is_an_error_and_no_wait(serve: Serve) -> 
 
 def test_a_server_that_is_not_healthy_in_time_is_ended(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "hang").touch()
-    supervisor = serve(start_deadline_s=3.0)
-    with pytest.raises(DeadlineError, match=r"(?s)start_deadline_s = 3 s.*last words"):
+    supervisor = serve(start_deadline_s=1.5)
+    with pytest.raises(DeadlineError, match=r"(?s)start_deadline_s = 1\.5 s.*last words"):
         supervisor.wait_until_healthy()
     assert not any(alive(pid) for pair in pids(tmp_path) for pid in pair)
 

@@ -1,7 +1,7 @@
 """The formulas of all algorithms as plain float64 loops, which share nothing with the package that they check.
 
-Each takes a batch and the policy's log-probs, and returns the loss of the optimiser step and its analytic gradient by
-(row, token). Where a formula has a stop-gradient, the gradient is the one on paper.
+Each takes the samples and the policy's log-probs, and returns the loss of the optimiser step and its analytic gradient
+by (row, token). Where a formula has a stop-gradient, the gradient is the one on paper.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from tests.rlhf.toy_world import annotated_batch
+from tests.rlhf.toy_world import Source
 
 Table = list[list[float]]
 Token = tuple[int, int]
@@ -23,9 +23,9 @@ Terms = dict[Token, tuple[float, float]]
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 
-def members(batch: Any) -> list[list[int]]:
+def members(source: Source) -> list[list[int]]:
     """The rows of the same group, for each row."""
-    groups = batch.group_index.tolist()
+    groups = source.group_index.tolist()
     return [[j for j, other in enumerate(groups) if other == group] for group in groups]
 
 
@@ -37,43 +37,43 @@ def deviation(values: list[float], ddof: int = 0) -> float:
     return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - ddof))
 
 
-def centred(rewards: list[float], batch: Any) -> list[float]:
-    return [r - mean([rewards[j] for j in same]) for r, same in zip(rewards, members(batch), strict=True)]
+def centred(rewards: list[float], source: Source) -> list[float]:
+    return [r - mean([rewards[j] for j in same]) for r, same in zip(rewards, members(source), strict=True)]
 
 
-def zscores(rewards: list[float], batch: Any, std_ddof: int = 0, std_eps: float = 1e-6) -> list[float]:
+def zscores(rewards: list[float], source: Source, std_ddof: int = 0, std_eps: float = 1e-6) -> list[float]:
     found = []
-    for r, same in zip(rewards, members(batch), strict=True):
+    for r, same in zip(rewards, members(source), strict=True):
         values = [rewards[j] for j in same]
         found.append((r - mean(values)) / (deviation(values, std_ddof) + std_eps))
     return found
 
 
 def less_overlong(
-    rewards: list[float], batch: Any, overlong_max_tokens: int | None = None, overlong_buffer_tokens: int = 1
+    rewards: list[float], source: Source, overlong_max_tokens: int | None = None, overlong_buffer_tokens: int = 1
 ) -> list[float]:
     if overlong_max_tokens is None:
-        return zscores(rewards, batch)
+        return zscores(rewards, source)
     shaped = []
-    for r, tokens in zip(rewards, places(batch), strict=True):
+    for r, tokens in zip(rewards, places(source), strict=True):
         over = len(tokens) - (overlong_max_tokens - overlong_buffer_tokens)
         shaped.append(r if over <= 0 else r - min(over / overlong_buffer_tokens, 1.0))
-    return zscores(shaped, batch)
+    return zscores(shaped, source)
 
 
-def against_the_others(rewards: list[float], batch: Any) -> list[float]:
+def against_the_others(rewards: list[float], source: Source) -> list[float]:
     found = []
-    for i, same in enumerate(members(batch)):
+    for i, same in enumerate(members(source)):
         others = [rewards[j] for j in same if j != i]
         found.append(rewards[i] - mean(others) if others else 0.0)
     return found
 
 
 def agapo_advantages(
-    rewards: list[float], batch: Any, all_incorrect: str = "literal", all_incorrect_constant: float = 0.1
+    rewards: list[float], source: Source, all_incorrect: str = "literal", all_incorrect_constant: float = 0.1
 ) -> list[float]:
-    correct, local = batch.correct.tolist(), against_the_others(rewards, batch)
-    unsolved = [not any(correct[j] for j in same) for same in members(batch)]
+    correct, local = source.correct.tolist(), against_the_others(rewards, source)
+    unsolved = [not any(correct[j] for j in same) for same in members(source)]
     if all_incorrect == "batch_baseline":
         local = [r - mean(rewards) if lost else a for r, a, lost in zip(rewards, local, unsolved, strict=True)]
     scaled = [(a - mean(local)) / (deviation(local) + 1e-6) for a in local]
@@ -84,9 +84,9 @@ def agapo_advantages(
 # --- policy losses ----------------------------------------------------------------------------------------------------
 
 
-def places(batch: Any) -> list[list[int]]:
+def places(source: Source) -> list[list[int]]:
     """The tokens on the loss mask, row by row."""
-    return [[t for t, on in enumerate(row) if on] for row in batch.loss_mask.tolist()]
+    return [[t for t, on in enumerate(row) if on] for row in source.loss_mask.tolist()]
 
 
 def clipped(ratio: float, advantage: float, low: float, high: float) -> tuple[float, float]:
@@ -95,9 +95,9 @@ def clipped(ratio: float, advantage: float, low: float, high: float) -> tuple[fl
     return -min(free, cut), -free if free <= cut else 0.0
 
 
-def clip_tokens(batch: Any, logprobs: Table, advantages: Table, clip_low: float = 0.2, clip_high: float = 0.2) -> Terms:
-    proximal, terms = batch.proximal_logprobs.tolist(), {}
-    for i, tokens in enumerate(places(batch)):
+def clip_tokens(source: Source, logprobs: Table, advantages: Table, clip_low: float = 0.2, clip_high: float = 0.2) -> Terms:
+    proximal, terms = source.proximal_logprobs.tolist(), {}
+    for i, tokens in enumerate(places(source)):
         for t in tokens:
             ratio = math.exp(logprobs[i][t] - proximal[i][t])
             terms[i, t] = clipped(ratio, advantages[i][t], clip_low, clip_high)
@@ -105,10 +105,10 @@ def clip_tokens(batch: Any, logprobs: Table, advantages: Table, clip_low: float 
 
 
 def clip_rows(
-    batch: Any, logprobs: Table, advantages: Table, *, of_means: bool, clip_low: float = 0.2, clip_high: float = 0.2
+    source: Source, logprobs: Table, advantages: Table, *, of_means: bool, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Terms:
-    proximal, terms = batch.proximal_logprobs.tolist(), {}
-    for i, tokens in enumerate(places(batch)):
+    proximal, terms = source.proximal_logprobs.tolist(), {}
+    for i, tokens in enumerate(places(source)):
         gaps = [logprobs[i][t] - proximal[i][t] for t in tokens]
         for t in tokens:
             ratio = math.exp(mean(gaps) if of_means else sum(gaps))
@@ -117,17 +117,17 @@ def clip_rows(
     return terms
 
 
-def truncated(batch: Any, logprobs: Table, advantages: Table, *, over: str, cap: float) -> Terms:
-    divisor, terms = getattr(batch, over).tolist(), {}
-    for i, tokens in enumerate(places(batch)):
+def truncated(source: Source, logprobs: Table, advantages: Table, *, over: str, cap: float) -> Terms:
+    divisor, terms = getattr(source, over).tolist(), {}
+    for i, tokens in enumerate(places(source)):
         for t in tokens:
             weight = min(math.exp(logprobs[i][t] - divisor[i][t]), cap) * advantages[i][t]
             terms[i, t] = -weight * logprobs[i][t], -weight
     return terms
 
 
-def plain(batch: Any, logprobs: Table, advantages: Table) -> Terms:
-    tokens = [(i, t) for i, row in enumerate(places(batch)) for t in row]
+def plain(source: Source, logprobs: Table, advantages: Table) -> Terms:
+    tokens = [(i, t) for i, row in enumerate(places(source)) for t in row]
     return {(i, t): (-advantages[i][t] * logprobs[i][t], -advantages[i][t]) for i, t in tokens}
 
 
@@ -135,10 +135,10 @@ def plain(batch: Any, logprobs: Table, advantages: Table) -> Terms:
 
 
 def correction_weights(
-    batch: Any, logprobs: Table, advantages: Table, kind: str, **bounds: float
+    source: Source, logprobs: Table, advantages: Table, kind: str, **bounds: float
 ) -> dict[Token, float]:
-    proximal, rollout, found = batch.proximal_logprobs.tolist(), batch.rollout_logprobs.tolist(), {}
-    for i, tokens in enumerate(places(batch)):
+    proximal, rollout, found = source.proximal_logprobs.tolist(), source.rollout_logprobs.tolist(), {}
+    for i, tokens in enumerate(places(source)):
         gaps = {t: proximal[i][t] - rollout[i][t] for t in tokens}
         whole = math.exp(sum(gaps.values()))
         for t in tokens:
@@ -175,8 +175,8 @@ def kl_term(estimator: str, lp: float, reference: float, proximal: float) -> tup
 # --- the online algorithms --------------------------------------------------------------------------------------------
 
 
-def weight(batch: Any, i: int, reduction: str, fixed_length: int | None = None) -> float:
-    sizes = [len(row) for row in places(batch)]
+def weight(source: Source, i: int, reduction: str, fixed_length: int | None = None) -> float:
+    sizes = [len(row) for row in places(source)]
     return {
         "sequence_sum": 1 / len(sizes),
         "sequence_mean": 1 / (len(sizes) * max(sizes[i], 1)),
@@ -186,7 +186,7 @@ def weight(batch: Any, i: int, reduction: str, fixed_length: int | None = None) 
 
 
 def online(
-    batch: Any,
+    source: Source,
     logprobs: Table,
     *,
     baseline: Callable[..., list[float]],
@@ -200,22 +200,22 @@ def online(
     """`options` go to the policy loss if they are clip bounds and else to the baseline."""
     kl = kl or {"coefficient": 0.0, "estimator": "k3", "placement": "loss"}
     beta, placement = kl["coefficient"], kl["placement"]
-    proximal, reference = batch.proximal_logprobs.tolist(), batch.reference_logprobs.tolist()
+    proximal, reference = source.proximal_logprobs.tolist(), source.reference_logprobs.tolist()
     clips = {name: value for name, value in options.items() if name.startswith("clip_")}
-    rewards = batch.rewards.tolist()
+    rewards = source.rewards.tolist()
     if placement == "reward":
-        for i, tokens in enumerate(places(batch)):
+        for i, tokens in enumerate(places(source)):
             rewards[i] -= beta * sum(proximal[i][t] - reference[i][t] for t in tokens)
     rest = {name: value for name, value in options.items() if name not in clips}
-    advantages = [[a] * batch.loss_mask.shape[1] for a in baseline(rewards, batch, **rest)]
+    advantages = [[a] * source.loss_mask.shape[1] for a in baseline(rewards, source, **rest)]
     if placement == "reward_to_go":
-        for i, tokens in enumerate(places(batch)):
+        for i, tokens in enumerate(places(source)):
             for t in tokens:
                 advantages[i][t] -= beta * sum(logprobs[i][s] - reference[i][s] for s in tokens if s >= t)
-    weights = correction_weights(batch, logprobs, advantages, **(correction or {"kind": "none"}))
+    weights = correction_weights(source, logprobs, advantages, **(correction or {"kind": "none"}))
     total, gradient = 0.0, {}
-    for (i, t), (loss, slope) in policy(batch, logprobs, advantages, **clips).items():
-        w = weight(batch, i, reduction, fixed_length)
+    for (i, t), (loss, slope) in policy(source, logprobs, advantages, **clips).items():
+        w = weight(source, i, reduction, fixed_length)
         total += w * weights[i, t] * loss
         gradient[i, t] = w * weights[i, t] * slope
         if placement == "loss":
@@ -228,26 +228,26 @@ def online(
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
-def naive_sft(batch: Any, logprobs: Table) -> Found:
-    tokens = [(i, t) for i, row in enumerate(batch.loss_mask.tolist()) for t, on in enumerate(row) if on]
+def naive_sft(source: Source, logprobs: Table) -> Found:
+    tokens = [(i, t) for i, row in enumerate(source.loss_mask.tolist()) for t, on in enumerate(row) if on]
     loss = -sum(logprobs[i][t] for i, t in tokens) / len(tokens)
     return loss, {token: -1 / len(tokens) for token in tokens}
 
 
-def naive_mean(batch: Any, logprobs: Table, i: int) -> float:
+def naive_mean(source: Source, logprobs: Table, i: int) -> float:
     """The average log-prob of the completion in row i."""
-    tokens = [t for t, on in enumerate(batch.loss_mask[i].tolist()) if on]
+    tokens = [t for t, on in enumerate(source.loss_mask[i].tolist()) if on]
     return sum(logprobs[i][t] for t in tokens) / len(tokens)
 
 
-def per_row(batch: Any, slopes: dict[int, float]) -> dict[Token, float]:
+def per_row(source: Source, slopes: dict[int, float]) -> dict[Token, float]:
     """The gradient of every token, from the slope of the loss in each row's average log-prob."""
-    rows = batch.loss_mask.tolist()
+    rows = source.loss_mask.tolist()
     return {(i, t): slope / sum(rows[i]) for i, slope in slopes.items() for t, on in enumerate(rows[i]) if on}
 
 
 def naive_dpo(
-    batch: Any,
+    source: Source,
     logprobs: Table,
     *,
     beta: float = 0.1,
@@ -256,11 +256,11 @@ def naive_dpo(
     length_normalised: bool = False,
     nll_weight: float = 0.0,
 ) -> Found:
-    reference, pairs = batch.reference_logprobs.tolist(), len(batch) // 2
+    reference, pairs = source.reference_logprobs.tolist(), len(source) // 2
     total, slopes = 0.0, {}
     for w, x in [(2 * k, 2 * k + 1) for k in range(pairs)]:
-        scale = {i: 1 if length_normalised or loss == "ipo" else sum(batch.loss_mask[i].tolist()) for i in (w, x)}
-        ratio = {i: scale[i] * (naive_mean(batch, logprobs, i) - naive_mean(batch, reference, i)) for i in (w, x)}
+        scale = {i: 1 if length_normalised or loss == "ipo" else sum(source.loss_mask[i].tolist()) for i in (w, x)}
+        ratio = {i: scale[i] * (naive_mean(source, logprobs, i) - naive_mean(source, reference, i)) for i in (w, x)}
         delta = ratio[w] - ratio[x]
         if loss == "ipo":
             total += (delta - 1 / (2 * beta)) ** 2 / pairs
@@ -269,32 +269,31 @@ def naive_dpo(
             right = 1 / (1 + math.exp(-beta * delta))
             total -= ((1 - label_smoothing) * math.log(right) + label_smoothing * math.log(1 - right)) / pairs
             slope = -beta * ((1 - label_smoothing) * (1 - right) - label_smoothing * right)
-        total -= nll_weight * naive_mean(batch, logprobs, w) / pairs
+        total -= nll_weight * naive_mean(source, logprobs, w) / pairs
         slopes |= {w: (slope * scale[w] - nll_weight) / pairs, x: -slope * scale[x] / pairs}
-    return total, per_row(batch, slopes)
+    return total, per_row(source, slopes)
 
 
-def naive_simper(batch: Any, logprobs: Table) -> Found:
-    pairs = len(batch) // 2
+def naive_simper(source: Source, logprobs: Table) -> Found:
+    pairs = len(source) // 2
     total, slopes = 0.0, {}
     for w, x in [(2 * k, 2 * k + 1) for k in range(pairs)]:
-        chosen, rejected = (math.exp(naive_mean(batch, logprobs, i)) for i in (w, x))
+        chosen, rejected = (math.exp(naive_mean(source, logprobs, i)) for i in (w, x))
         total += (-chosen + rejected) / pairs
         slopes |= {w: -chosen / pairs, x: rejected / pairs}
-    return total, per_row(batch, slopes)
+    return total, per_row(source, slopes)
 
 
-def naive_grouper(batch: Any, logprobs: Table) -> Found:
-    source = annotated_batch()  # stored completions train without their rewards
+def naive_grouper(source: Source, logprobs: Table) -> Found:
     rewards, groups = source.rewards.tolist(), source.group_index.tolist()
     total, slopes = 0.0, {}
     for i in range(len(rewards)):
         same = [r for r, g in zip(rewards, groups, strict=True) if g == groups[i]]
         z, lowest, highest = ((r - mean(same)) / deviation(same) for r in (rewards[i], min(same), max(same)))
         advantage = 2 * (z - lowest) / (highest - lowest) - 1
-        slopes[i] = -advantage * math.exp(naive_mean(batch, logprobs, i)) / len(same) / len(set(groups))
+        slopes[i] = -advantage * math.exp(naive_mean(source, logprobs, i)) / len(same) / len(set(groups))
         total += slopes[i]
-    return total, per_row(batch, slopes)
+    return total, per_row(source, slopes)
 
 
 ICEPOP = {"kind": "icepop", "low": 0.5, "high": 5.0}

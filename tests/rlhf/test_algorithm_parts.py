@@ -20,7 +20,7 @@ from tests.rlhf.naive_loops import NAIVE
 from tests.rlhf.toy_world import (
     F64,
     SETTINGS,
-    annotated_batch,
+    advantages_of,
     assert_agrees,
     assert_same,
     batch_for,
@@ -28,6 +28,8 @@ from tests.rlhf.toy_world import (
     loss_and_gradient,
     policy_logprobs,
     reduced,
+    samples_of,
+    toy_source,
 )
 
 ONLINE = [name for name in algorithms.names() if built(name).needs.rollouts]
@@ -106,7 +108,7 @@ def test_loss_and_gradient_agree_with_a_naive_float64_loop(name: str, correction
     algorithm = built(name, **parts)
     batch = batch_for(algorithm)
     logprobs = policy_logprobs(algorithm, batch).detach()
-    naive = NAIVE[name](batch, logprobs.tolist(), **parts | {"kl": parts["kl"] if kl != NO_KL else None})
+    naive = NAIVE[name](toy_source(), logprobs.tolist(), **parts | {"kl": parts["kl"] if kl != NO_KL else None})
     assert_agrees(algorithm, batch, naive, logprobs)
 
 
@@ -114,7 +116,7 @@ def test_loss_and_gradient_agree_with_a_naive_float64_loop(name: str, correction
 def test_the_layout_and_what_stands_off_the_mask_do_not_matter(name: str, correction: str, kl: tuple[str, str]) -> None:
     algorithm = built(name, **settings(correction, kl))
     batch = batch_for(algorithm)
-    assert_same(algorithm, batch, off_mask(batch, math.nan), micro_batch_size=2, ranks=2)
+    assert_same(algorithm, batch, off_mask(batch, math.nan), token_budget=20, ranks=2)
 
 
 def off_mask(batch: Any, junk: float) -> Any:
@@ -202,11 +204,21 @@ def test_needs_follow_the_parts(name: str) -> None:
 
 
 def test_a_kl_in_the_reward_is_taken_off_before_the_baseline() -> None:
-    source = annotated_batch()
+    source = toy_source()
     algorithm = built("rloo", kl={"coefficient": 0.3, "estimator": "k1", "placement": "reward"})
     spent = torch.where(source.loss_mask, source.proximal_logprobs - source.reference_logprobs, 0.0).sum(-1)
-    expected = built("rloo").advantages(replace(source, rewards=source.rewards - 0.3 * spent))  # type: ignore[attr-defined]
-    torch.testing.assert_close(algorithm.advantages(source), expected)  # type: ignore[attr-defined]
+    expected = advantages_of(built("rloo"), replace(source, rewards=source.rewards - 0.3 * spent))
+    torch.testing.assert_close(advantages_of(algorithm, source), expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "kl"), [(n, k) for n, c, k in EVERY if c == "none" and (n, c, k) not in REFUSED])
+def test_the_kl_of_samples_is_looked_at_only_in_the_reward(name: str, kl: tuple[str, str]) -> None:
+    algorithm, samples = built(name, **settings("none", kl)), samples_of(toy_source())
+    in_reward = kl == ("k1", "reward")
+    assert algorithm.needs.kl_in_reward == in_reward
+    without, broken = torch.zeros(12, dtype=F64), torch.full((12,), math.nan, dtype=F64)
+    found = algorithm.advantages(samples, broken)  # type: ignore[attr-defined]
+    assert torch.equal(found, algorithm.advantages(samples, without)) != in_reward  # type: ignore[attr-defined]
 
 
 def test_the_settings_of_these_tests_name_algorithms_that_there_are() -> None:

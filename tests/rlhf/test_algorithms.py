@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf import algorithms
 from rlhf.algorithms import Algorithm, registry
@@ -18,15 +18,15 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.batches import PreferenceBatch, Rows, TrainBatch
 from rlhf.errors import ConfigError
 from rlhf.losses.kl import kl_to_go
-from rlhf.losses.logprobs import token_logprobs
-from rlhf.training.batching import deal
+from rlhf.training.token_model import Pack
+from tests.rlhf.naive_logprobs import logprobs_and_entropy, token_logprobs
 from tests.rlhf.naive_loops import NAIVE
 from tests.rlhf.toy_world import (
     F64,
     TEMPERATURE,
     VOCABULARY,
     Toy,
-    annotated_batch,
+    ToyEngine,
     assert_agrees,
     assert_same,
     batch_for,
@@ -35,7 +35,12 @@ from tests.rlhf.toy_world import (
     loss_and_gradient,
     policy_logprobs,
     reduced,
+    sequences_of,
+    toy_source,
+    unit_size,
     units,
+    whole,
+    widened,
 )
 
 NAMES = algorithms.names()
@@ -57,7 +62,7 @@ def test_loss_and_gradient_agree_with_a_naive_float64_loop(name: str) -> None:
     algorithm = built(name)
     batch = batch_for(algorithm)
     logprobs = policy_logprobs(algorithm, batch).detach()
-    assert_agrees(algorithm, batch, NAIVE[name](batch, logprobs.tolist()), logprobs)
+    assert_agrees(algorithm, batch, NAIVE[name](toy_source(), logprobs.tolist()), logprobs)
 
 
 def with_name(options: dict[str, list[dict[str, Any]]]) -> list[Any]:
@@ -93,7 +98,7 @@ def test_options_agree_with_a_naive_float64_loop(name: str, fields: dict[str, An
     algorithm = built(name, **fields)
     batch = batch_for(algorithm)
     logprobs = policy_logprobs(algorithm, batch).detach()
-    assert_agrees(algorithm, batch, NAIVE[name](batch, logprobs.tolist(), **fields), logprobs)
+    assert_agrees(algorithm, batch, NAIVE[name](toy_source(), logprobs.tolist(), **fields), logprobs)
     assert reduced(algorithm, logprobs, batch) != reduced(built(name), logprobs, batch_for(built(name)))
 
 
@@ -135,13 +140,7 @@ def test_the_gradient_is_that_of_finite_differences_through_the_policy(name: str
 @pytest.mark.parametrize("extra", [1, 5])
 def test_padding_width_and_what_padding_holds_do_not_matter(algorithm: Algorithm, extra: int) -> None:
     batch = batch_for(algorithm)
-
-    def widened(value: Tensor) -> Tensor:
-        filler = {torch.bool: 0, torch.int64: VOCABULARY - 1}.get(value.dtype, math.nan)
-        return torch.nn.functional.pad(value, (0, extra), value=filler) if value.ndim == 2 else value
-
-    wide = replace(batch, **{item.name: widened(getattr(batch, item.name)) for item in fields(batch)})
-    wide = replace(wide, token_weights=algorithm.token_weights(wide.loss_mask, F64))
+    wide = widened(batch, extra)
     assert wide.token_ids.shape[1] == batch.token_ids.shape[1] + extra
     logprobs = [policy_logprobs(algorithm, b) for b in (batch, wide)]
     losses = [reduced(algorithm, lp, b) for lp, b in zip(logprobs, (batch, wide), strict=True)]
@@ -150,55 +149,88 @@ def test_padding_width_and_what_padding_holds_do_not_matter(algorithm: Algorithm
     inside = batch.loss_mask
     width = batch.token_ids.shape[1]
     torch.testing.assert_close(gradients[1][:, :width][inside], gradients[0][inside], atol=1e-14, rtol=0)
-    assert_same(algorithm, batch, wide)
 
 
 @every_algorithm
-def test_what_prompt_and_padding_positions_hold_does_not_matter(algorithm: Algorithm) -> None:
+def test_a_longer_sequence_beside_them_that_trains_nothing_does_not_matter(algorithm: Algorithm) -> None:
+    """In one micro-batch it widens the padding of all others."""
+    batch = batch_for(algorithm)
+    assert_same(algorithm, batch, widened(batch, extra=5, rows=unit_size(algorithm)))
+
+
+@every_algorithm
+def test_what_prompt_positions_hold_does_not_matter(algorithm: Algorithm) -> None:
     batch = batch_for(algorithm)
     floats = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "token_weights"}
     dirty = {n: v.masked_fill(~batch.loss_mask, math.nan) for n, v in floats.items() if v.dtype == F64 and v.ndim == 2}
-    position = torch.arange(batch.token_ids.shape[1])
-    ids = batch.token_ids.masked_fill(position >= batch.lengths[:, None], 0)
-    assert_same(algorithm, batch, replace(batch, **dirty, token_ids=ids))
+    assert_same(algorithm, batch, replace(batch, **dirty))
 
 
 @every_algorithm
 def test_row_order_does_not_matter(algorithm: Algorithm) -> None:
-    source = annotated_batch()
+    source = toy_source()
     batch = batch_for(algorithm, source)
-    order = torch.randperm(len(batch) // batch.rows_per_unit, generator=torch.Generator().manual_seed(1))
-    assert_same(algorithm, batch, batch_for(algorithm, source.rows(units(batch, order))))
+    order = torch.randperm(len(batch) // unit_size(algorithm), generator=torch.Generator().manual_seed(1))
+    assert_same(algorithm, batch, batch_for(algorithm, source.rows(units(algorithm, order))))
 
 
 @every_algorithm
-@pytest.mark.parametrize("micro_batch_size", [1, 5, 12])
-def test_the_split_into_micro_batches_does_not_matter(algorithm: Algorithm, micro_batch_size: int) -> None:
+@pytest.mark.parametrize("token_budget", [1, 30, 90])
+def test_the_split_into_micro_batches_does_not_matter(algorithm: Algorithm, token_budget: int) -> None:
     batch = batch_for(algorithm)
-    assert_same(algorithm, batch, batch, micro_batch_size=micro_batch_size)
+    assert_same(algorithm, batch, batch, token_budget=token_budget)
 
 
 @every_algorithm
 @pytest.mark.parametrize("ranks", [2, 5, 13])
 def test_the_split_over_ranks_does_not_matter(algorithm: Algorithm, ranks: int) -> None:
     batch = batch_for(algorithm)
-    assert_same(algorithm, batch, batch, ranks=ranks, micro_batch_size=2)
+    assert_same(algorithm, batch, batch, ranks=ranks, token_budget=15)
+
+
+class StatesOnly(ToyEngine):
+    """The hidden states of all tokens of a pack are what trains."""
+
+    def states(self, pack: Pack) -> Tensor:
+        if not hasattr(self, "all_states"):
+            parts = [self.module.hidden(ids) for ids in pack.token_ids[0].split(list(pack.layout.lengths))]
+            self.all_states = torch.cat(parts).detach().requires_grad_()
+        return self.all_states.index_select(0, pack.predictors)
 
 
 @every_algorithm
 def test_no_gradient_off_the_loss_mask(algorithm: Algorithm) -> None:
-    batch = batch_for(algorithm)
-    logits = Toy()(batch.token_ids).detach().requires_grad_()
-    one, engine = learner(algorithm)
-    engine.module = nn.ParameterList([nn.Parameter(logits)])
-    engine.logits = lambda token_ids, lengths: engine.module[0]  # type: ignore[method-assign]
-    order = torch.cat(deal(batch, 1))
-    one.update(batch.rows(order), 1)
-    gradient = engine.gradient.view_as(logits)
-    predicts = torch.zeros_like(batch.loss_mask)
-    predicts[:, :-1] = batch.loss_mask[order][:, 1:]
+    sequences = sequences_of(batch_for(algorithm))
+    engine = StatesOnly(Toy())
+    learner(algorithm, engine)[0].update(whole(sequences))
+    gradient = engine.all_states.grad
+    assert gradient is not None
+    predicts = torch.from_numpy(sequences.loss_mask).roll(-1)  # the first token of a sequence is never on the mask
     assert gradient[~predicts].abs().sum() == 0
     assert (gradient[predicts].abs().sum(-1) > 0).float().mean() > 0.3
+
+
+class AllLogits(ToyEngine):
+    """Log-probs and entropy from the logits of all tokens at once, without the package."""
+
+    def head(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return logprobs_and_entropy(self.module.head(hidden), targets, temperature)
+
+
+@every_algorithm
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_chunks_of_logits_give_the_loss_gradient_and_metrics_of_all_logits_at_once(
+    algorithm: Algorithm, temperature: float, rows: int
+) -> None:
+    share = whole(sequences_of(batch_for(algorithm)))
+    chunked, at_once = ToyEngine(Toy(), chunk_logits=rows * VOCABULARY), AllLogits(Toy())
+    expected = learner(algorithm, at_once, temperature=temperature)[0].update(share)
+    found = learner(algorithm, chunked, temperature=temperature)[0].update(share)
+    assert abs(found.loss - expected.loss) < 1e-12
+    torch.testing.assert_close(chunked.gradient, at_once.gradient, atol=1e-12, rtol=0)
+    assert chunked.gradient.norm() > 1e-3
+    assert found.metrics.result() == pytest.approx(expected.metrics.result(), abs=1e-12)
 
 
 @every_algorithm
@@ -228,7 +260,7 @@ def test_at_ratio_one_the_gradient_is_that_of_reinforce(algorithm: Algorithm) ->
 def test_one_sgd_step_raises_the_log_prob_of_what_has_a_positive_advantage(algorithm: Algorithm) -> None:
     if algorithm.needs.data == "pairs":
         pytest.skip("a pair has a completion of either sign; the next test has the law for these")
-    batch = batch_for(algorithm).rows(torch.tensor([5]))
+    batch = batch_for(algorithm, toy_source().rows(torch.tensor([5])))
     if isinstance(batch, PreferenceBatch):
         batch = replace(batch, advantages=torch.ones(1, dtype=F64))
     if isinstance(batch, TrainBatch):
@@ -242,14 +274,14 @@ def test_one_sgd_step_raises_the_log_prob_of_what_has_a_positive_advantage(algor
         return values.sum().item()
 
     before = completion_logprob()
-    one.update(batch, 1)
+    one.update(whole(sequences_of(batch)))
     assert completion_logprob() > before
 
 
 @pytest.mark.parametrize("name", ["dpo", "simper"])
 def test_one_sgd_step_widens_the_gap_between_the_chosen_and_the_rejected_completion(name: str) -> None:
     algorithm = algorithms.build(name, {})
-    batch = batch_for(algorithm).rows(torch.tensor([4, 5]))
+    batch = batch_for(algorithm, toy_source().rows(torch.tensor([4, 5])))
     one, engine = learner(algorithm, rate=1e-2)
 
     def gap() -> float:
@@ -258,7 +290,7 @@ def test_one_sgd_step_widens_the_gap_between_the_chosen_and_the_rejected_complet
         return (means[0] - means[1]).item()
 
     before = gap()
-    one.update(batch, 1)
+    one.update(whole(sequences_of(batch)))
     assert gap() > before
 
 
@@ -266,7 +298,7 @@ def test_one_sgd_step_widens_the_gap_between_the_chosen_and_the_rejected_complet
 def test_identical_rewards_give_exactly_zero_advantage_and_no_gradient(algorithm: Algorithm) -> None:
     if not algorithm.needs.group_baseline:
         pytest.skip("without a baseline equal rewards do train")
-    batch = batch_for(algorithm, annotated_batch(torch.full((12,), 0.1, dtype=F64)))
+    batch = batch_for(algorithm, toy_source(torch.full((12,), 0.1, dtype=F64)))
     assert isinstance(batch, TrainBatch)
     assert isinstance(algorithm, OnlineAlgorithm)
     assert batch.advantages.tolist() == [0.0] * 12
@@ -278,7 +310,7 @@ def test_identical_rewards_give_exactly_zero_advantage_and_no_gradient(algorithm
 
 def test_where_all_rewards_are_equal_only_the_kl_of_agapo_trains() -> None:
     algorithm = algorithms.build("agapo", {"kl": {"coefficient": 0.3, "estimator": "k1", "placement": "reward_to_go"}})
-    batch = batch_for(algorithm, annotated_batch(torch.full((12,), 0.1, dtype=F64)))
+    batch = batch_for(algorithm, toy_source(torch.full((12,), 0.1, dtype=F64)))
     logprobs = policy_logprobs(algorithm, batch).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(reduced(algorithm, logprobs, batch), logprobs)
     ahead = kl_to_go(logprobs, batch.reference_logprobs, batch.loss_mask)
@@ -320,7 +352,9 @@ def test_every_reduction_it_offers_can_be_computed(algorithm: Algorithm) -> None
     assert algorithm.reduction in offered
     for reduction in offered:
         other = type(algorithm)(reduction=reduction, fixed_length=7 if reduction == "fixed_length" else None)
-        assert other.token_weights(annotated_batch().loss_mask).sum() > 0
+        weights = other.sample_weights(toy_source().loss_mask.sum(-1))
+        assert weights.shape == (12,)
+        assert (weights > 0).all()
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------

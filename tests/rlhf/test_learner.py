@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rlhf.algorithms import build
-from rlhf.batches import RolloutBatch, SupervisedBatch
+from rlhf.batches.packing import Share, WorkModel, plan_batch
+from rlhf.batches.ragged import Sequences, SupervisedSequences, supervised_sequences
 from rlhf.config import OptimizerConfig
 from rlhf.errors import NonFiniteError
-from rlhf.losses.logprobs import token_logprobs
-from rlhf.losses.reduce import token_weights
+from rlhf.losses.logprobs import head_logprobs
+from rlhf.losses.reduce import sample_weights
+from rlhf.samples import TokenizedExample
 from rlhf.training.learner import Learner, TrainingEngine
+from rlhf.training.token_model import Pack
+from tests.rlhf.naive_logprobs import logprobs_and_entropy
 
 VOCABULARY = 7
+LENGTHS = (5, 3, 6, 4, 2)
 
 
 class TinyEngine:
@@ -27,14 +32,18 @@ class TinyEngine:
         torch.manual_seed(0)
         self.module = nn.Embedding(VOCABULARY, VOCABULARY)
         self.calls: list[str] = []
-        self.shapes: list[tuple[int, ...]] = []
+        self.packs: list[Pack] = []
         self.rates: list[float] = []
         self.grad_norm = 0.0
         self.gradient = torch.zeros(())
 
-    def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        self.shapes.append(tuple(token_ids.shape))
-        return self.module(token_ids)
+    def forward(self, pack: Pack, temperature: float) -> tuple[Tensor, Tensor]:
+        self.packs.append(pack)
+        hidden = self.states(pack)[pack.predictors]
+        return head_logprobs(hidden, torch.eye(VOCABULARY), pack.targets, temperature=temperature)
+
+    def states(self, pack: Pack) -> Tensor:
+        return self.module(pack.token_ids[0])
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.calls.append("last backward" if last else "backward")
@@ -48,53 +57,114 @@ class TinyEngine:
         self.module.zero_grad()
         return self.grad_norm or float(self.gradient.norm())
 
-    def sum_over_ranks(self, value: float) -> float:
+    def sum_over_ranks(self, value: Tensor) -> float:
         self.calls.append("sum")
-        return value
+        return value.item()
 
 
-def supervised(lengths: tuple[int, ...] = (5, 3, 6, 4, 2)) -> SupervisedBatch:
-    position = torch.arange(max(lengths))
-    mask = (position >= 1) & (position < torch.tensor(lengths)[:, None])
-    ids = torch.randint(VOCABULARY, mask.shape, generator=torch.Generator().manual_seed(1))
-    return SupervisedBatch(ids, torch.tensor(lengths), mask, token_weights(mask, "token_mean"))
+def supervised(lengths: tuple[int, ...] = LENGTHS) -> SupervisedSequences:
+    random = np.random.default_rng(1)
+    examples = [
+        TokenizedExample(random.integers(0, VOCABULARY, length, np.int32), np.arange(length) >= 1) for length in lengths
+    ]
+    return supervised_sequences(examples, lambda tokens: sample_weights(tokens, "token_mean"))
 
 
-def learner(
-    engine: TrainingEngine, name: str = "sft", micro_batch_size: int = 2, steps: int = 4, temperature: float = 0.5
-) -> Learner:
-    optimizer = OptimizerConfig(learning_rate=0.1, warmup_steps=2)
-    return Learner(engine, build(name, {}), optimizer, steps, micro_batch_size, temperature)
+def cut(sequences: SupervisedSequences, *counts: int) -> Share[SupervisedSequences]:
+    """The sequences in their order, in micro-batches of so many."""
+    return Share(sequences, counts or (len(sequences),))
 
 
-def rollouts(batch: SupervisedBatch) -> RolloutBatch:
-    rows = len(batch)
-    return RolloutBatch(
-        batch.token_ids,
-        batch.lengths,
-        batch.loss_mask,
-        torch.zeros(batch.token_ids.shape),
-        torch.zeros(rows),
-        torch.zeros(rows, dtype=torch.bool),
-        torch.zeros(rows, dtype=torch.int64),
-        torch.zeros(rows, dtype=torch.int64),
-    )
+THREE = cut(supervised(), 2, 2, 1)
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 3), (3, 2), (5, 1), (2, 6)])
-def test_loss_and_gradient_do_not_depend_on_the_micro_batch_size(size: int, count: int) -> None:
+def learner(engine: TrainingEngine, name: str = "sft", steps: int = 4, temperature: float = 0.5) -> Learner:
+    return Learner(engine, build(name, {}), OptimizerConfig(learning_rate=0.1, warmup_steps=2), steps, temperature)
+
+
+def naive(module: nn.Embedding, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy [S] of every trained token, sequence by sequence; zero off the mask."""
+    found = []
+    for start, stop in zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True):
+        ids = torch.from_numpy(sequences.token_ids[start:stop]).long()
+        values = logprobs_and_entropy(module(ids[:-1]), ids[1:], temperature)
+        found.append(torch.stack([torch.nn.functional.pad(one, (1, 0)) for one in values]))
+    logprobs, entropy = torch.cat(found, 1) * torch.from_numpy(sequences.loss_mask)
+    return logprobs, entropy
+
+
+# --- what the model is given ------------------------------------------------------------------------------------------
+
+
+def test_a_pack_by_hand() -> None:
+    ids = np.array([4, 5, 6, 1, 2, 3, 3, 9], np.int32)
+    mask = np.array([0, 0, 1, 0, 1, 0, 1, 0], bool)
+    pack = Pack.of(Sequences(ids, mask, np.array([0, 3, 7, 8])), torch.device("cpu"))
+    assert pack.token_ids.tolist() == [ids.tolist()]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert pack.layout.lengths == (3, 4, 1)
+    assert pack.predictors.tolist() == [1, 3, 5]
+    assert pack.targets.tolist() == [6, 2, 3]
+    assert {t.dtype for t in (pack.token_ids, pack.position_ids, pack.predictors, pack.targets)} == {torch.int64}
+
+
+def test_a_pack_without_sequences_has_two_tokens_and_trains_none() -> None:
+    pack = Pack.of(supervised().slice(0, 0), torch.device("cpu"))
+    assert pack.token_ids.shape == pack.position_ids.shape == (1, 2)
+    assert pack.layout.lengths == (2,)
+    assert pack.predictors.tolist() == pack.targets.tolist() == []
+
+
+def test_the_model_sees_each_micro_batch_as_one_pack_without_padding() -> None:
+    engine = TinyEngine()
+    learner(engine).update(THREE)
+    assert [pack.layout.lengths for pack in engine.packs] == [(5, 3), (6, 4), (2,)]
+    assert torch.cat([pack.token_ids[0] for pack in engine.packs]).tolist() == THREE.batch.token_ids.tolist()
+
+
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 1), (2, 2, 1), (3, 2), (5,), (2, 0, 3), (5, 0, 0)])
+def test_loss_and_gradient_do_not_depend_on_the_micro_batches(counts: tuple[int, ...]) -> None:
     whole, split = TinyEngine(), TinyEngine()
-    expected = learner(whole, micro_batch_size=5).update(supervised(), 1)
-    found = learner(split, micro_batch_size=size).update(supervised(), count)
+    expected = learner(whole).update(cut(supervised()))
+    found = learner(split).update(cut(supervised(), *counts))
     torch.testing.assert_close(split.gradient, whole.gradient, atol=1e-7, rtol=0)
     assert found.loss == pytest.approx(expected.loss, abs=1e-6)
     assert found.metrics.result() == pytest.approx(expected.metrics.result(), abs=1e-6)
     assert found.trained_tokens == expected.trained_tokens == 15
 
 
+@pytest.mark.parametrize("token_budget", [1, 8, 100])
+@pytest.mark.parametrize("ranks", [1, 2, 7])
+def test_a_planned_batch_gives_the_loss_of_the_whole_on_any_number_of_ranks(ranks: int, token_budget: int) -> None:
+    whole = TinyEngine()
+    expected = learner(whole).update(cut(supervised()))
+    loss, gradient, tokens = 0.0, torch.zeros(()), 0
+    for share in plan_batch(supervised(), ranks, token_budget, WorkModel()).shares(supervised()):
+        engine = TinyEngine()
+        report = learner(engine).update(share)
+        loss, tokens = loss + report.loss, tokens + report.trained_tokens
+        gradient = gradient + engine.gradient
+    assert loss == pytest.approx(expected.loss, abs=1e-6)
+    assert tokens == 15
+    torch.testing.assert_close(gradient, whole.gradient, atol=1e-7, rtol=0)
+
+
+def test_the_loss_and_the_metrics_of_every_stage_agree_with_a_naive_form() -> None:
+    engine = TinyEngine()
+    logprobs, entropy = naive(engine.module, supervised())
+    found = learner(engine).update(THREE)
+    assert found.loss == pytest.approx(-logprobs.sum().item() / 15, abs=1e-6)
+    assert found.metrics.result() == pytest.approx(
+        {"policy/nll_nats": -logprobs.sum().item() / 15, "policy/entropy_nats": entropy.sum().item() / 15}, abs=1e-6
+    )
+
+
 def test_only_the_last_backward_is_marked_and_the_loss_is_summed_over_ranks_before_the_step() -> None:
     engine = TinyEngine()
-    learner(engine).update(supervised(), 3)
+    learner(engine).update(THREE)
     assert engine.calls == ["backward", "backward", "last backward", "sum", "step"]
 
 
@@ -103,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimiser_steps() ->
     with torch.no_grad():
         engine.module.weight.fill_(math.nan)
     with pytest.raises(NonFiniteError, match=r"loss = nan at optimiser step 0: must be finite\..*learning rate"):
-        learner(engine).update(supervised(), 3)
+        learner(engine).update(THREE)
     assert "step" not in engine.calls
 
 
@@ -111,7 +181,7 @@ def test_the_loss_of_another_rank_stops_this_one_too() -> None:
     engine = TinyEngine()
     engine.sum_over_ranks = lambda value: math.inf  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="loss = inf"):
-        learner(engine).update(supervised(), 3)
+        learner(engine).update(THREE)
     assert "step" not in engine.calls
 
 
@@ -119,79 +189,91 @@ def test_a_gradient_norm_that_is_not_finite_stops_the_run() -> None:
     engine = TinyEngine()
     engine.grad_norm = math.inf
     with pytest.raises(NonFiniteError, match="gradient norm = inf at optimiser step 0"):
-        learner(engine).update(supervised(), 3)
+        learner(engine).update(THREE)
 
 
 def test_the_learning_rate_follows_the_schedule_of_its_own_steps() -> None:
     engine = TinyEngine()
     one = learner(engine)
-    rates = [one.update(supervised(), 3).learning_rate for _ in range(3)]
+    rates = [one.update(THREE).learning_rate for _ in range(3)]
     assert rates == engine.rates == pytest.approx([0.05, 0.1, 0.1])
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 3), (5, 1), (2, 4)])
-def test_log_probs_come_back_in_the_order_of_the_batch(size: int, count: int) -> None:
-    engine, batch = TinyEngine(), rollouts(supervised())
-    found = learner(engine, "grpo_icepop", size, temperature=0.5).logprobs(batch, count)
-    expected = token_logprobs(engine.module(batch.token_ids), batch.token_ids, batch.loss_mask, temperature=0.5)
-    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
-    assert found[~batch.loss_mask].abs().sum() == 0
-    assert not found.requires_grad
+def test_only_algorithms_with_rollouts_train_at_the_sampling_temperature() -> None:
+    engine = TinyEngine()
+    found = learner(engine, "sft", temperature=0.5).update(cut(supervised()))
+    assert found.loss == pytest.approx(-naive(engine.module, supervised())[0].sum().item() / 15, abs=1e-6)
+
+
+def test_the_losses_of_many_micro_batches_are_added_in_float64() -> None:
+    """In float32 a large first part would swallow all others."""
+    sequences = supervised((2,) * 101)
+    sequences.weights[:] = 1.0
+    sequences.weights[0] = 2.0**26
+    alone = [learner(TinyEngine()).update(cut(part)).loss for part in sequences.split([1] * 101)]
+    found = learner(TinyEngine()).update(cut(sequences, *[1] * 101)).loss
+    assert found == sum(alone)
+    assert found != float(np.sum(np.float32(alone), dtype=np.float32))
+
+
+# --- log-probs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 1), (2, 2, 1), (5,), (2, 0, 3)])
+def test_log_probs_come_back_in_the_order_of_the_share(counts: tuple[int, ...]) -> None:
+    engine, sequences = TinyEngine(), supervised()
+    found = learner(engine, "grpo_icepop", temperature=0.5).logprobs(cut(sequences, *counts))
+    expected = naive(engine.module, sequences, 0.5)[0].detach()
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6, rtol=0)
+    assert np.abs(found[~sequences.loss_mask]).sum() == 0
+    assert found.dtype == np.float32
+    assert engine.module.weight.grad is None
 
 
 def test_log_probs_of_another_model_are_taken_on_request_and_leave_the_policy_alone() -> None:
-    policy, other, batch = TinyEngine(), TinyEngine(), rollouts(supervised())
+    policy, other, sequences = TinyEngine(), TinyEngine(), supervised()
     with torch.no_grad():
         other.module.weight.mul_(2.0)
-    found = learner(policy, "grpo", 2, temperature=0.5).logprobs(batch, 3, other)
-    expected = token_logprobs(other.module(batch.token_ids), batch.token_ids, batch.loss_mask, temperature=0.5)
-    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
-    assert policy.shapes == []
-
-
-def test_only_algorithms_with_rollouts_train_at_the_sampling_temperature() -> None:
-    engine, batch = TinyEngine(), supervised()
-    found = learner(engine, "sft", 5, temperature=0.5).update(batch, 1)
-    logprobs = token_logprobs(engine.module(batch.token_ids), batch.token_ids, batch.loss_mask)
-    assert found.loss == pytest.approx(-logprobs.sum().item() / 15, abs=1e-6)
+    found = learner(policy, "grpo", temperature=0.5).logprobs(THREE, other)
+    np.testing.assert_allclose(found, naive(other.module, sequences, 0.5)[0].detach().numpy(), atol=1e-6, rtol=0)
+    assert policy.packs == []
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_logits_off_the_mask_do_not_poison_loss_gradient_or_log_probs(garbage: float) -> None:
-    batch = supervised()
-    unused = torch.zeros_like(batch.loss_mask)
-    unused[:, :-1] = ~batch.loss_mask[:, 1:]
-    unused[:, -1] = True
-
+def test_states_off_the_mask_do_not_poison_loss_gradient_or_log_probs(garbage: float) -> None:
     class Poisoned(TinyEngine):
-        def logits(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-            order = torch.argsort(batch.lengths, descending=True, stable=True)
-            # Added, not filled in: whatever gradient these logits get goes on into the weights.
-            return self.module(token_ids) + torch.where(unused[order], garbage, 0.0)[:, :, None]
+        def states(self, pack: Pack) -> Tensor:
+            unused = torch.ones(pack.token_ids.shape[1], dtype=torch.bool)
+            unused[pack.predictors] = False
+            # Added, not filled in: whatever gradient these states get goes on into the weights.
+            return self.module(pack.token_ids[0]) + torch.where(unused, garbage, 0.0)[:, None]
 
     clean, poisoned = TinyEngine(), Poisoned()
-    expected = learner(clean, micro_batch_size=5).update(batch, 1)
-    found = learner(poisoned, micro_batch_size=5).update(batch, 1)
+    expected = learner(clean).update(THREE)
+    found = learner(poisoned).update(THREE)
     assert found.loss == expected.loss
     assert torch.equal(poisoned.gradient, clean.gradient)
     assert found.metrics.result() == expected.metrics.result()
-    values = learner(poisoned, "grpo_icepop", 5).logprobs(rollouts(batch), 1)
-    assert torch.equal(values, learner(clean, "grpo_icepop", 5).logprobs(rollouts(batch), 1))
+    values = learner(poisoned, "grpo_icepop").logprobs(THREE)
+    assert np.array_equal(values, learner(clean, "grpo_icepop").logprobs(THREE))
 
 
-def test_a_rank_without_rows_keeps_in_step_and_adds_nothing() -> None:
+def test_a_rank_without_sequences_keeps_in_step_and_adds_nothing() -> None:
     engine = TinyEngine()
-    empty = supervised().rows(torch.tensor([], dtype=torch.int64))
-    report = learner(engine).update(empty, 3)
+    empty = Share(supervised().slice(0, 0), (0, 0, 0))
+    report = learner(engine).update(empty)
     assert engine.calls == ["backward", "backward", "last backward", "sum", "step"]
     assert engine.gradient.abs().sum() == 0
     assert (report.loss, report.trained_tokens, report.metrics.result()) == (0.0, 0, {})
-    assert learner(engine, "grpo_icepop").logprobs(rollouts(empty), 2).shape == (0, 1)
+    assert learner(engine, "grpo_icepop").logprobs(empty).shape == (0,)
+    assert len(engine.packs) == 6
 
 
-def test_padding_tokens_that_the_policy_could_sample_do_not_count() -> None:
-    batch, other, engine = supervised(), supervised(), [TinyEngine(), TinyEngine()]
-    ids = other.token_ids.masked_fill(torch.arange(6) >= other.lengths[:, None], 3)
-    learner(engine[0]).update(batch, 3)
-    learner(engine[1]).update(replace(other, token_ids=ids), 3)
-    assert torch.equal(engine[0].gradient, engine[1].gradient)
+def test_a_micro_batch_without_trained_tokens_keeps_in_step_and_adds_nothing() -> None:
+    engine, sequences = TinyEngine(), supervised((4, 4))
+    sequences.loss_mask[:] = False
+    report = learner(engine).update(cut(sequences, 1, 1))
+    assert engine.calls == ["backward", "last backward", "sum", "step"]
+    assert engine.gradient.abs().sum() == 0
+    assert (report.loss, report.trained_tokens, report.metrics.result()) == (0.0, 0, {})
+    assert learner(engine, "grpo_icepop").logprobs(cut(sequences, 1, 1)).tolist() == [0.0] * 8

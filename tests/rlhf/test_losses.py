@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.losses.logprobs import token_entropy, token_logprobs
 from rlhf.losses.policy import (
     cispo,
     clipped,
@@ -257,84 +256,3 @@ def test_policy_losses_send_gradient_to_the_policy_alone(loss: object) -> None:
     assert (logprobs.grad < 0).all()
     assert old.grad is None
     assert advantages.grad is None
-
-
-# --- log-probs and entropy --------------------------------------------------------------------------------------------
-
-
-def naive_logprobs(logits: Tensor, token_ids: Tensor, temperature: float) -> list[list[float]]:
-    out = []
-    for b in range(token_ids.shape[0]):
-        values = [0.0]
-        for t in range(1, token_ids.shape[1]):
-            scaled = [x / temperature for x in logits[b, t - 1].tolist()]
-            top = max(scaled)
-            norm = top + math.log(sum(math.exp(x - top) for x in scaled))
-            values.append(scaled[int(token_ids[b, t])] - norm)
-        out.append(values)
-    return out
-
-
-@given(seed=st.integers(0, 2**20), temperature=st.floats(0.1, 4.0))
-def test_log_probs_agree_with_a_naive_loop(seed: int, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(2, 4, 6, generator=generator, dtype=F64)
-    token_ids = torch.randint(6, (2, 4), generator=generator)
-    found = token_logprobs(logits, token_ids, temperature=temperature)
-    naive = torch.tensor(naive_logprobs(logits, token_ids, temperature), dtype=F64)
-    torch.testing.assert_close(found, naive, atol=1e-12, rtol=0)
-
-
-def test_the_first_token_has_log_prob_and_entropy_zero() -> None:
-    logits, token_ids = torch.randn(3, 5, 7), torch.zeros(3, 5, dtype=torch.int64)
-    assert token_logprobs(logits, token_ids)[:, 0].tolist() == [0.0] * 3
-    assert token_entropy(logits, token_ids)[:, 0].tolist() == [0.0] * 3
-
-
-@pytest.mark.parametrize(
-    ("taken", "returned"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (F64, F64)], ids=str
-)
-def test_log_probs_are_float32_or_wider(taken: torch.dtype, returned: torch.dtype) -> None:
-    logits = torch.randn(1, 3, 4, dtype=taken)
-    assert token_logprobs(logits, torch.zeros(1, 3, dtype=torch.int64)).dtype == returned
-
-
-def test_off_the_mask_logits_reach_neither_a_value_nor_a_gradient() -> None:
-    token_ids = torch.tensor([[1, 2, 3, 0], [1, 1, 0, 0]])
-    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool()
-    clean = torch.randn(2, 4, 5, dtype=F64)
-    wanted = torch.where(mask, token_logprobs(clean, token_ids), 0.0)
-    dirty = clean.clone()
-    dirty[0, 0], dirty[0, 3], dirty[1, 1], dirty[1, 2] = math.nan, math.inf, -math.inf, math.nan
-    dirty.requires_grad_()
-    found = token_logprobs(dirty, token_ids, mask)
-    torch.testing.assert_close(found, wanted, atol=1e-14, rtol=0)
-    found.sum().backward()
-    assert dirty.grad is not None
-    used = torch.zeros(2, 4, dtype=torch.bool)
-    used[:, :-1] = mask[:, 1:]
-    assert dirty.grad[~used].abs().sum() == 0
-    assert dirty.grad[used].isfinite().all()
-    assert token_entropy(dirty, token_ids, mask).isfinite().all()
-
-
-def test_an_empty_mask_still_connects_the_logits_so_that_collectives_stay_paired() -> None:
-    logits = torch.randn(1, 2, 3, requires_grad=True)
-    token_logprobs(logits, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)).sum().backward()
-    assert logits.grad is not None
-    assert logits.grad.abs().sum() == 0
-
-
-def test_the_entropy_of_equal_logits_is_the_logarithm_of_the_vocabulary() -> None:
-    found = token_entropy(torch.zeros(1, 3, 8, dtype=F64), torch.zeros(1, 3, dtype=torch.int64))
-    torch.testing.assert_close(found, row(0, math.log(8), math.log(8)), atol=1e-14, rtol=0)
-
-
-def test_impossible_tokens_add_nothing_to_the_entropy() -> None:
-    logits = torch.tensor([[[0.0, 0.0, -math.inf], [0.0, -math.inf, -math.inf]]], dtype=F64)
-    assert token_entropy(logits, torch.zeros(1, 2, dtype=torch.int64)).tolist() == [[0.0, pytest.approx(math.log(2))]]
-
-
-def test_logits_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not match token_ids"):
-        token_logprobs(torch.zeros(1, 3, 4), torch.zeros(1, 2, dtype=torch.int64))

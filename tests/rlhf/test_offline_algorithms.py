@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from rlhf.algorithms.dpo import Dpo
 from rlhf.algorithms.grouper import Grouper
 from rlhf.algorithms.offline import OfflineAlgorithm
 from rlhf.algorithms.simper import Simper
-from rlhf.batches import PairBatch, PreferenceBatch, Rows, preference_rows, with_reference
-from rlhf.samples import PreferenceGroup, PreferencePair, TokenizedExample
-from rlhf.training.batching import idle_unit
+from rlhf.batches import PairBatch, PreferenceBatch, Rows
+from rlhf.batches.padded import padded
+from rlhf.batches.ragged import PairSequences, with_reference
+from rlhf.samples import PreferenceGroup, PreferencePair, PreferenceUnit, TokenizedExample
 
 F64 = torch.float64
 LENGTHS = (3, 1, 2, 4, 1, 1)
@@ -42,6 +45,18 @@ def group(rewards: tuple[float, ...], number: int = 0) -> PreferenceGroup:
     return PreferenceGroup(f"g{number}", tuple(example(1 + i % 3) for i in range(len(rewards))), rewards)
 
 
+def batch_of(algorithm: OfflineAlgorithm, units: Sequence[PreferenceUnit]) -> PreferenceBatch:
+    """One optimiser step as the formulas see it, without reference log-probs."""
+    sequences = algorithm.batch(units)
+    return padded(sequences, torch.zeros(int(sequences.loss_mask.sum()), dtype=F64))
+
+
+def referenced(batch: PreferenceBatch, reference_logprobs: Tensor) -> PreferenceBatch:
+    """The batch with the reference's log-probs [N, T]."""
+    assert reference_logprobs.shape == batch.token_ids.shape
+    return replace(batch, reference_logprobs=reference_logprobs)
+
+
 def policy(batch: Rows, seed: int = 0) -> Tensor:
     """Log-probs [N, T], NaN off the mask."""
     noise = torch.rand(batch.loss_mask.shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
@@ -62,7 +77,12 @@ def row_metric(algorithm: OfflineAlgorithm, batch: PreferenceBatch, logprobs: Te
 
 
 def test_a_batch_of_pairs_has_the_chosen_in_even_and_the_rejected_in_odd_rows() -> None:
-    batch = Simper().batch(pairs())
+    sequences = Simper().batch(pairs())
+    assert isinstance(sequences, PairSequences)
+    assert sequences.trained_tokens.tolist() == list(LENGTHS)
+    assert sequences.token_ids[sequences.offsets[:-1]].tolist() == [0, 0, 10, 10, 20, 20]
+    assert sequences.reference_logprobs.shape == (0,)
+    batch = batch_of(Simper(), pairs())
     assert isinstance(batch, PairBatch)
     assert batch.loss_mask.sum(-1).tolist() == list(LENGTHS)
     assert batch.token_ids[:, 0].tolist() == [0, 0, 10, 10, 20, 20]
@@ -75,33 +95,33 @@ def test_a_batch_of_pairs_has_the_chosen_in_even_and_the_rejected_in_odd_rows() 
     [((1.0, 0.0, 0.0, 0.0), [1, -1, -1, -1]), ((0.9, 0.5, 0.1, 0.3), [1, 0, -1, -0.5])],
 )
 def test_the_advantages_of_groups_by_hand(rewards: tuple[float, ...], expected: list[float]) -> None:
-    batch = Grouper().batch([group(rewards), group((2.0, 4.0))])
+    batch = batch_of(Grouper(), [group(rewards), group((2.0, 4.0))])
     assert batch.advantages.dtype == torch.float32
     assert batch.advantages.tolist() == pytest.approx([*expected, -1, 1], abs=1e-7)
 
 
 def test_groups_count_alike_whatever_their_size() -> None:
-    batch = Grouper().batch([group((1.0, 0.0)), group((1.0, 0.0, 0.5, 0.5), 1)])
+    batch = batch_of(Grouper(), [group((1.0, 0.0)), group((1.0, 0.0, 0.5, 0.5), 1)])
     value_of_rows = torch.tensor([3.0, 5.0, 1.0, 2.0, 3.0, 6.0], dtype=F64)  # means 4 and 3
     per_token = value_of_rows[:, None] / batch.loss_mask.sum(-1, keepdim=True) * batch.loss_mask
     assert (per_token * batch.token_weights).sum().item() == pytest.approx(3.5, abs=1e-6)
 
 
-def test_reference_log_probs_of_all_units_are_found_again_in_any_step() -> None:
-    units = [*pairs(), group((1.0, 0.0, 0.5))]
-    whole = preference_rows(units)
-    reference = torch.where(whole.loss_mask, torch.arange(len(whole))[:, None] * 10.0 + torch.arange(6), 0.0)
-    batch = with_reference(Dpo().batch([units[2], units[0]]), reference[[4, 5, 0, 1]])
-    assert isinstance(batch, PairBatch)
-    assert batch.reference_logprobs.shape == batch.token_ids.shape
-    assert batch.reference_logprobs.tolist() == [[0, 0, 42, 0, 0], [0, 0, 52, 0, 0], [0, 0, 2, 3, 4], [0, 0, 12, 0, 0]]
+def test_reference_log_probs_stay_with_their_tokens_through_a_step() -> None:
+    sequences = Dpo().batch([pairs()[2], pairs()[0]])  # of 1, 1, 3 and 1 completion tokens
+    batch = with_reference(sequences, np.where(sequences.loss_mask, np.arange(14, dtype=np.float32), 0.0))
+    assert isinstance(batch, PairSequences)
+    shown = padded(batch.select(np.array([2, 3])), torch.zeros(4))
+    assert shown.reference_logprobs.tolist() == [[0, 0, 8, 9, 10], [0, 0, 13, 0, 0]]
+    with pytest.raises(AssertionError):
+        with_reference(sequences, np.zeros(13, np.float32))
 
 
 # --- SimPER and GROUPER -----------------------------------------------------------------------------------------------
 
 
 def test_simper_by_hand() -> None:
-    batch = Simper().batch(pairs((2, 1)))
+    batch = batch_of(Simper(), pairs((2, 1)))
     logprobs = torch.tensor([[1, 1, 0.5, 0.125], [1, 1, 0.75, 1]], dtype=F64).log().requires_grad_()
     loss = step_loss(Simper(), batch, logprobs)
     loss.backward()
@@ -113,7 +133,8 @@ def test_simper_by_hand() -> None:
 def test_grouper_over_groups_of_two_is_exactly_half_of_simper() -> None:
     units = pairs()
     losses, gradients = [], []
-    for algorithm, batch in ((Simper(), Simper().batch(units)), (Grouper(), Grouper().batch(as_groups(units)))):
+    for algorithm, given in ((Simper(), units), (Grouper(), as_groups(units))):
+        batch = batch_of(algorithm, given)
         logprobs = policy(batch)
         loss = step_loss(algorithm, batch, logprobs)
         losses.append(loss)
@@ -124,7 +145,7 @@ def test_grouper_over_groups_of_two_is_exactly_half_of_simper() -> None:
 
 
 def test_a_group_of_equal_rewards_trains_nothing() -> None:
-    batch = Grouper().batch([group((0.1, 0.1, 0.1))])
+    batch = batch_of(Grouper(), [group((0.1, 0.1, 0.1))])
     logprobs = policy(batch)
     step_loss(Grouper(), batch, logprobs).backward()
     assert logprobs.grad is not None
@@ -134,15 +155,15 @@ def test_a_group_of_equal_rewards_trains_nothing() -> None:
 # --- DPO --------------------------------------------------------------------------------------------------------------
 
 
-def dpo_step(lengths: tuple[int, ...] = LENGTHS, **fields: Any) -> tuple[Dpo, PairBatch, Tensor]:
+def dpo_step(lengths: tuple[int, ...] = LENGTHS, **fields: Any) -> tuple[Dpo, PreferenceBatch, Tensor]:
     algorithm = Dpo(**fields)
-    batch = algorithm.batch(pairs(lengths))
-    return algorithm, with_reference(batch, policy(batch, 1).detach()), policy(batch)
+    batch = batch_of(algorithm, pairs(lengths))
+    return algorithm, referenced(batch, policy(batch, 1).detach()), policy(batch)
 
 
 def test_dpo_at_the_reference_is_log_two_and_its_gradient_half_beta() -> None:
     algorithm, batch, logprobs = dpo_step()
-    loss = step_loss(algorithm, with_reference(batch, logprobs.detach()), logprobs)
+    loss = step_loss(algorithm, referenced(batch, logprobs.detach()), logprobs)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert logprobs.grad is not None
@@ -207,9 +228,9 @@ def test_another_reduction_would_be_another_formula_and_is_refused(name: str, re
 def test_what_is_logged_is_what_the_page_of_the_algorithm_explains(name: str) -> None:
     algorithm = algorithms.build(name, {})
     assert isinstance(algorithm, OfflineAlgorithm)
-    batch = algorithm.batch(as_groups(pairs()) if algorithm.needs.data == "groups" else pairs())
+    batch = batch_of(algorithm, as_groups(pairs()) if algorithm.needs.data == "groups" else pairs())
     if algorithm.needs.reference_logprobs:
-        batch = with_reference(batch, policy(batch, 1).detach())
+        batch = referenced(batch, policy(batch, 1).detach())
     found = algorithm.token_loss(policy(batch), batch)
     assert {*found.metrics, *found.row_metrics} == set(algorithm.about.metrics)
     for values, rows in found.row_metrics.values():
@@ -220,11 +241,12 @@ def test_what_is_logged_is_what_the_page_of_the_algorithm_explains(name: str) ->
 
 
 @every_offline
-def test_an_idle_unit_counts_in_no_metric_and_trains_nothing(name: str) -> None:
+def test_units_of_empty_completions_count_in_no_metric_and_train_nothing(name: str) -> None:
     algorithm = algorithms.build(name, {})
     assert isinstance(algorithm, OfflineAlgorithm)
-    whole = algorithm.batch(as_groups(pairs()) if algorithm.needs.data == "groups" else pairs())
-    batch = idle_unit(with_reference(whole, policy(whole).detach()))
+    empty = pairs((0,) * 6)
+    batch = batch_of(algorithm, as_groups(empty) if algorithm.needs.data == "groups" else empty)
+    batch = referenced(batch, policy(batch).detach())
     logprobs = torch.zeros(batch.token_ids.shape, dtype=F64, requires_grad=True)
     found = algorithm.token_loss(logprobs, batch)
     assert not any(rows.any() for _, rows in found.row_metrics.values())
@@ -234,7 +256,7 @@ def test_an_idle_unit_counts_in_no_metric_and_trains_nothing(name: str) -> None:
 
 
 def test_the_metrics_of_pairs_by_hand() -> None:
-    batch = Simper().batch(pairs((2, 1, 1, 2)))
+    batch = batch_of(Simper(), pairs((2, 1, 1, 2)))
     logprobs = torch.tensor([[9, 9, -1, -3], [9, 9, -1, 9], [9, 9, -1, 9], [9, 9, -2, -4]], dtype=F64)
     found = {name: row_metric(Simper(), batch, logprobs, name) for name in ("chosen_logprob", "rejected_logprob")}
     assert found == {"chosen_logprob": [-4.0, -1.0], "rejected_logprob": [-1.0, -6.0]}
@@ -242,14 +264,14 @@ def test_the_metrics_of_pairs_by_hand() -> None:
     assert row_metric(Simper(), batch, logprobs, "rejected_logprob_per_token") == [-1.0, -3.0]
     assert row_metric(Simper(), batch, logprobs, "accuracy") == [0.0, 1.0]
     assert row_metric(Simper(), batch, logprobs, "rejected_probability") == pytest.approx([math.exp(-1), math.exp(-3)])
-    same = with_reference(batch, torch.where(batch.loss_mask, -1.5, math.nan))
+    same = referenced(batch, torch.where(batch.loss_mask, -1.5, math.nan))
     assert row_metric(Dpo(), same, logprobs, "margin") == [-1.0 - 0.5, 0.5 + 3.0]
     assert row_metric(Dpo(), same, logprobs, "accuracy") == [0.0, 1.0]
     assert row_metric(Dpo(length_normalised=True), same, logprobs, "margin") == [-0.5 - 0.5, 0.5 + 1.5]
 
 
 def test_the_metrics_of_groups_are_those_of_their_extremes() -> None:
-    batch = Grouper().batch([group((0.5, 1.0, 0.0)), group((7.0, 3.0, 7.0), 1)])
+    batch = batch_of(Grouper(), [group((0.5, 1.0, 0.0)), group((7.0, 3.0, 7.0), 1)])
     logprobs = torch.where(batch.loss_mask, -torch.arange(1.0, 7.0)[:, None], math.nan).to(F64)
     assert row_metric(Grouper(), batch, logprobs, "best_logprob_per_token") == [-2.0, -4.0, -6.0]
     assert row_metric(Grouper(), batch, logprobs, "worst_logprob_per_token") == [-3.0, -5.0]

@@ -1,0 +1,349 @@
+"""Model directories in Hugging Face format: read tensor by tensor, written layer group by layer group.
+
+Neither direction holds a whole model in memory. Reading maps the safetensors files, so a slice of a tensor costs the
+pages of that slice. Writing appends each group to its shard as it arrives and renames the finished directory into
+place.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rlhf.errors import ConfigError, StorageError
+from rlhf.weight_sync.source import ParameterMeta
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 2**30
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by their name in the header of a safetensors file."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class ModelFiles:
+    """The tensors of a model directory, by name. Tensors are views of memory-mapped files: copy before changing one.
+
+    Raises ConfigError where the directory has no safetensors, or where a file is missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._shards = self._open_shards()
+        self.names = tuple(self._shards)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shards[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._shards[name].get_slice(name).get_dtype()
+        if stored not in DTYPES:
+            reason = f"{name} is stored as {stored}"
+            raise ConfigError([self._problem("must hold plain tensors", reason, "Convert the weights to BF16 or F32.")])
+        return DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        return self._shards[name].get_tensor(name)
+
+    def _open_shards(self) -> dict[str, Any]:
+        """Tensor name -> open file. transformers, too, prefers the single file to the index."""
+        if (self.directory / SINGLE_FILE).is_file():
+            files, indexed = [SINGLE_FILE], {}
+        elif (self.directory / INDEX_FILE).is_file():
+            indexed = self._read_index()
+            files = sorted(set(indexed.values()))
+        else:
+            raise ConfigError([self._without_safetensors()])
+        opened, problems = {}, []
+        for file in files:
+            try:
+                opened[file] = self._open(file)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        self._check_index(indexed, opened)
+        return {name: shard for shard in opened.values() for name in shard.keys()}  # noqa: SIM118 - no mapping
+
+    def _open(self, file: str) -> Any:
+        path = self.directory / file
+        if not path.is_file():
+            reason = f"{INDEX_FILE} names {file}, which does not exist"
+            raise ConfigError([self._problem("must hold every file of its index", reason, "Download it again.")])
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            reason = f"{file} ({path.stat().st_size:,} bytes) cannot be read: {str(error).rstrip('.')}"
+            fix = "It is truncated or damaged: download or copy it again."
+            raise ConfigError([self._problem("must hold whole safetensors files", reason, fix)]) from error
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file, as the index has it."""
+        try:
+            index = json.loads((self.directory / INDEX_FILE).read_text())["weight_map"]
+            return {str(name): str(file) for name, file in index.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{INDEX_FILE} is not JSON with a weight_map ({type(error).__name__}: {error})"
+            problem = self._problem("must have a readable index", reason, "Download it again.")
+            raise ConfigError([problem]) from error
+
+    def _check_index(self, indexed: Mapping[str, str], opened: Mapping[str, Any]) -> None:
+        held = {file: set(shard.keys()) for file, shard in opened.items()}
+        lacking = [f"{name} in {file}" for name, file in indexed.items() if name not in held[file]]
+        if lacking:
+            reason = f"{INDEX_FILE} promises what is not there: {few(lacking)}"
+            fix = "The index and its files are of different models: download both again."
+            raise ConfigError([self._problem("must hold every tensor of its index", reason, fix)])
+
+    def _without_safetensors(self) -> str:
+        rule = f"must hold {SINGLE_FILE} or {INDEX_FILE}"
+        pickled = sorted(path.name for path in self.directory.glob("*.bin"))
+        if pickled:
+            code = f"AutoModelForCausalLM.from_pretrained({str(self.directory)!r}, dtype='auto').save_pretrained(NEW)"
+            fix = f"Convert it once with transformers, {code}, copy the tokenizer files to NEW, and use NEW."
+            return self._problem(rule, f"It has only pickled weights ({few(pickled)}), which cannot be mapped", fix)
+        return self._problem(rule, "It has neither", "Point it at a directory written by save_pretrained.")
+
+    def _problem(self, rule: str, reason: str, fix: str) -> str:
+        return f"model.path = {self.directory}: {rule}. {reason}. {fix}"
+
+
+def few(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_model(
+    directory: str | Path,
+    groups: Iterable[Mapping[str, Tensor]],
+    metadata: Sequence[ParameterMeta],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    save_rest: Callable[[Path], None],
+) -> None:
+    """Stream `groups` into safetensors shards of at most `shard_bytes` and move the finished directory to `directory`.
+
+    The tensors of `groups` must come in the order of `metadata`, with its dtypes and shapes; at most one group is
+    alive at a time. `save_rest` writes configuration and tokenizer into the directory it is given. An existing
+    `directory` is replaced at the end; on any error it stays as it is, and nothing is left beside it.
+
+    Drawing a group may be a collective. After an error the remaining groups are therefore drawn and dropped, so that
+    other ranks do not wait for this one. Raises StorageError where the disk is full or the place cannot be written,
+    ValueError where a tensor differs from its metadata.
+    """
+    target = Path(directory).absolute()
+    remaining = iter(groups)
+    shards = plan_shards(metadata, shard_bytes)
+    try:
+        with _storage_errors(target, sum(shard.file_bytes for shard in shards)), _staged(target) as partial:
+            _write_shards(partial, shards, remaining)
+            if len(shards) > 1:
+                (partial / INDEX_FILE).write_text(json.dumps(_index_of(shards), indent=2, sort_keys=True) + "\n")
+            save_rest(partial)
+            for path in partial.rglob("*"):
+                _sync(path)
+    except Exception:
+        for _ in remaining:
+            pass
+        raise
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file that is still to be written: its header and where the data of each tensor goes."""
+
+    file: str
+    tensors: tuple[ParameterMeta, ...]
+    offsets: Mapping[str, int]
+    header: bytes
+
+    @property
+    def file_bytes(self) -> int:
+        return len(self.header) + sum(map(_bytes_of, self.tensors))
+
+
+def plan_shards(metadata: Sequence[ParameterMeta], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Deal the tensors to files in order. A tensor larger than `shard_bytes` has a file of its own."""
+    dealt: list[list[ParameterMeta]] = [[]]
+    filled = 0
+    for meta in metadata:
+        if dealt[-1] and filled + _bytes_of(meta) > shard_bytes:
+            dealt.append([])
+            filled = 0
+        dealt[-1].append(meta)
+        filled += _bytes_of(meta)
+    if len(dealt) == 1:
+        return [_shard(SINGLE_FILE, dealt[0])]
+    names = (f"model-{number:05d}-of-{len(dealt):05d}.safetensors" for number in range(1, len(dealt) + 1))
+    return [_shard(name, tensors) for name, tensors in zip(names, dealt, strict=True)]
+
+
+def _shard(file: str, tensors: Sequence[ParameterMeta]) -> Shard:
+    """Lay out the data: widest dtype first, so that every tensor is aligned to its element size."""
+    offsets, position = {}, 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for meta in sorted(tensors, key=lambda meta: -meta.dtype.itemsize):
+        end = position + _bytes_of(meta)
+        dtype = DTYPE_NAMES[meta.dtype]
+        entries[meta.name] = {"dtype": dtype, "shape": list(meta.shape), "data_offsets": [position, end]}
+        offsets[meta.name] = position
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
+    header = len(text).to_bytes(8, "little") + text
+    return Shard(file, tuple(tensors), offsets, header)
+
+
+def _bytes_of(meta: ParameterMeta) -> int:
+    return torch.Size(meta.shape).numel() * meta.dtype.itemsize
+
+
+def _index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    weight_map = {meta.name: shard.file for shard in shards for meta in shard.tensors}
+    total = sum(_bytes_of(meta) for shard in shards for meta in shard.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _write_shards(directory: Path, shards: Sequence[Shard], groups: Iterator[Mapping[str, Tensor]]) -> None:
+    tensors = _in_order(groups)
+    for shard in shards:
+        with (directory / shard.file).open("wb") as file:
+            file.write(shard.header)
+            for meta in shard.tensors:
+                _write_tensor(file, shard, meta, *next(tensors, (None, None)))
+    surplus = next(tensors, None)
+    if surplus is not None:
+        raise ValueError(f"{surplus[0]}: not in the metadata of the model that is being written")
+
+
+def _in_order(groups: Iterator[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for group in groups:
+        yield from group.items()
+
+
+def _write_tensor(file: BinaryIO, shard: Shard, meta: ParameterMeta, name: str | None, tensor: Tensor | None) -> None:
+    if tensor is None or name != meta.name:
+        raise ValueError(f"{meta.name}: expected next, got {name or 'the end of the stream'}")
+    found = (tensor.dtype, tuple(tensor.shape))
+    if found != (meta.dtype, tuple(meta.shape)):
+        raise ValueError(f"{name}: {found[0]} {found[1]}, but its metadata says {meta.dtype} {tuple(meta.shape)}")
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    file.seek(len(shard.header) + shard.offsets[meta.name])
+    file.write(memoryview(data.numpy()))
+
+
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+REASONS = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EACCES: "Permission is denied",
+    errno.EPERM: "The operation is not permitted",
+    errno.EROFS: "The file system is read-only",
+    errno.ENOTDIR: "A part of the path is a file",
+    errno.EEXIST: "A part of the path is a file",
+    errno.EIO: "The disk reports an input/output error",
+}
+"""Errors of the operating system that are the fault of the place. Others, such as a lost connection, are not."""
+
+
+@contextmanager
+def _storage_errors(target: Path, needed: int) -> Iterator[None]:
+    """Check that `needed` bytes are free, then turn errors of the disk in the block into StorageError."""
+    if target.exists() and not target.is_dir():
+        raise _storage_error(target, needed, REASONS[errno.ENOTDIR])
+    if _free_bytes(target) < needed:
+        raise _storage_error(target, needed, REASONS[errno.ENOSPC])
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REASONS:
+            raise
+        raise _storage_error(target, needed, f"{REASONS[error.errno]} ({error})") from error
+
+
+def _storage_error(target: Path, needed: int, reason: str) -> StorageError:
+    space = f"{needed / 2**30:,.2f} GiB are needed and {_free_bytes(target) / 2**30:,.2f} GiB are free"
+    fix = "Free space there, or choose a directory on another disk that this user may write."
+    return StorageError(f"{target}: a model must be written here. {reason}; {space}. {fix}")
+
+
+def _free_bytes(target: Path) -> int:
+    """Free space of the file system that `target` is on, or will be."""
+    existing = next(path for path in (target, *target.parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A new directory beside `target`, moved to `target` when the block ends, removed when it raises."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp made it private; other users' workers may have to read it
+        _sync(partial)
+        _replace(partial, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Rename `new` to `target`. What was there is moved aside first, and back where the second rename fails."""
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        old = target.rename(aside / target.name)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file, or the entries of the directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
