@@ -10,7 +10,7 @@ from torch import Tensor
 
 EXTREMA = ("policy/ratio", "mismatch/ratio")
 """Metrics whose raw minimum and maximum are logged beside the mean: an average hides what explodes."""
-MAXIMA = ("mismatch/abs_gap_nats",)
+MAXIMA = ("mismatch/abs_gap_nats", "mismatch/fresh/abs_gap_nats")
 """Metrics whose maximum alone is logged beside the mean."""
 
 RowMetrics = Mapping[str, tuple[Tensor, Tensor]]

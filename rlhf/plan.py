@@ -16,6 +16,7 @@ from rlhf.config import (
     StageConfig,
     TrainingStage,
 )
+from rlhf.training.zero_settings import optimizer_name
 
 Section = tuple[str, list[tuple[str, object]]]
 
@@ -47,9 +48,12 @@ def _component(component: RewardComponent) -> str:
 
 def _processes(config: RunConfig) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
-    for kind, what in (("learner", "DeepSpeed ZeRO-{z}"), ("engine", "vLLM"), ("reward", "graders")):
+    training = config.training
+    adam = optimizer_name(training, config.cluster.device)
+    learner = f"DeepSpeed ZeRO-{training.zero_stage}, {adam}"
+    for kind, what in (("learner", learner), ("engine", "vLLM"), ("reward", "graders")):
         found = [role for role in roles(config) if role.name.startswith(kind)]
-        rows.append((kind, f"{len(found)} x {what.format(z=config.training.zero_stage)}, {_share(found[0])} each"))
+        rows.append((kind, f"{len(found)} x {what}, {_share(found[0])} each"))
     for role in roles(config):
         if role.name.startswith("server-"):
             server = config.servers[role.name.removeprefix("server-")]

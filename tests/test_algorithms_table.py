@@ -6,6 +6,8 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results and runs of a test are in a folder of its own."""
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results" / "algorithms.json")
     monkeypatch.setattr(table, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(table, "composed", lambda arguments: composed_once(tuple(arguments)))
     return tmp_path
+
+
+@cache
+def composed_once(arguments: tuple[str, ...], compose: Callable[..., RunConfig] = table.composed) -> RunConfig:
+    """The configuration of these arguments. The base of a seed is asked for by nearly every test."""
+    return compose(arguments)
 
 
 def row(name: str = "grpo", seed: int = 0, before: float = 0.4, after: float = 0.6, **more: Any) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def missing(node: Any, prefix: str = "") -> list[str]:
     return [prefix] if node == "???" else []
 
 
+@cache
 def check(*overrides: str) -> Any:
     from rewards import registry
     from rlhf.validation import validate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,75 @@ def jsonl(tmp_path: Path):
         (["stages.rl.data={kind: jsonl, path: /no/file.jsonl}"], ["/no/file.jsonl"]),
         (["stages.rl.data={kind: jsonll, path: x}"], ["stages.rl.data.kind = jsonll", "Did you mean jsonl?"]),
         (["stages.rl.kind=rll"], ["stages.rl.kind = rll", "collect, filter, preference, rl, sft"]),
+        (["training.token_budget=100"], ["training.token_budget = 100", "model.max_context_tokens = 128", "128 or more"]),
+        (["training.token_budget=0"], ["training.token_budget = 0", "integer >= 1"]),
+        (["training.micro_batch_size=8"], ["training.micro_batch_size = 8", "is not a key of training"]),
+        (["training.packing=true"], ["training.packing = true", "is not a key of training"]),
+        (["model.attention=eager"], ["model.attention = 'eager'", "is not a key of model"]),
+        (["training.zero_stage=1", "training.offload_optimizer=true"], ["training.offload_optimizer", "zero_stage to 2"]),
+        (["training.offload_parameters=true"], ["training.offload_parameters", "zero_stage to 3"]),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key_and_what_to_do(tmp_path, overrides, expected):
     text = message(f"run_root={tmp_path}", *overrides)
     for part in expected:
+        assert part in text
+
+
+def model_directory(path: Path) -> Path:
+    """A model in two shards, as a user would point `model.path` at it."""
+    from rlhf.config import Exaone4TinyModel
+    from rlhf.models import load_policy, prepare_model
+
+    tiny = prepare_model(Exaone4TinyModel(kind="exaone4_tiny", layers=4), 0, path / "tiny")
+    load_policy(tiny, "float32").save_pretrained(path / "model", max_shard_size="1500KB")
+    for file in tiny.glob("tokenizer*"):
+        shutil.copy(file, path / "model")
+    shutil.copy(tiny / "chat_template.jinja", path / "model")
+    return path / "model"
+
+
+def lose_a_shard(model: Path) -> None:
+    sorted(model.glob("*.safetensors"))[-1].unlink()
+
+
+def truncate_a_shard(model: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def promise_a_tensor(model: Path) -> None:
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.77.mlp.up_proj.weight"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+
+
+def break_the_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text("{")
+
+
+def leave_pickled_weights(model: Path) -> None:
+    for shard in model.glob("*.safetensors*"):
+        shard.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lose_a_shard, ["which does not exist", "Download it again"]),
+        (truncate_a_shard, ["cannot be read", "truncated or damaged"]),
+        (promise_a_tensor, ["model.layers.77.mlp.up_proj.weight", "download both again"]),
+        (break_the_index, ["must have a readable index", "Download it again"]),
+        (leave_pickled_weights, ["only pickled weights", "save_pretrained"]),
+    ],
+)
+def test_a_damaged_model_is_refused_before_anything_starts(tmp_path, damage, expected):
+    model = model_directory(tmp_path)
+    damage(model)
+    text = message(f"run_root={tmp_path / 'runs'}", "model=hf", f"model.path={model}", "model.max_context_tokens=128")
+    for part in [f"model.path = {model}", *expected]:
         assert part in text
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from rlhf.batches.ragged import Sequences
 
 S = TypeVar("S", bound=Sequences)
+S_co = TypeVar("S_co", bound=Sequences, covariant=True)
 
 _PADDED_SLOTS = 1 << 24
 """Most slots of the padded scalars [B, T] of a micro-batch: 64 MiB for each float32 tensor that formulas see."""
@@ -19,9 +20,10 @@ _PADDED_SLOTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class WorkModel:
-    """Estimated work of one sequence of `T` tokens: `linear * T + full * T^2 + windowed * T * min(T, window)`.
+    """Estimated work of one sequence of `T` tokens: `linear * T + full * T^2 / 2 + windowed * (T w - w^2 / 2)`.
 
-    In units of multiply-adds of a forward pass; only ratios matter.
+    `w = min(T, window)`. The products are the pairs of tokens that attention looks at. In units of multiply-adds of a
+    forward pass; only ratios matter.
     """
 
     linear: float = 1.0
@@ -31,8 +33,9 @@ class WorkModel:
 
     def __call__(self, lengths: np.ndarray) -> np.ndarray:
         tokens = lengths.astype(np.float64)
-        attention = self.full * tokens * tokens + self.windowed * tokens * np.minimum(tokens, self.window)
-        return self.linear * tokens + attention
+        seen = np.minimum(tokens, self.window)
+        pairs = self.full * tokens * tokens / 2.0 + self.windowed * seen * (tokens - seen / 2.0)
+        return self.linear * tokens + pairs
 
     @staticmethod
     def of(config: Any) -> WorkModel:
@@ -45,27 +48,27 @@ class WorkModel:
         mlp = 3 * hidden * (getattr(config, "intermediate_size", None) or 4 * hidden)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
         sliding = kinds.count("sliding_attention")
-        # Scores and values: 2 * heads * head_size multiply-adds for each visible pair; causal full layers see half.
+        # Scores and values: 2 * heads * head_size multiply-adds for each pair.
         pair = 2.0 * heads * head_size
         return WorkModel(
             linear=float(layers * (projections + mlp) + hidden * config.vocab_size),
-            full=0.5 * pair * (layers - sliding),
+            full=pair * (layers - sliding),
             windowed=pair * sliding,
             window=getattr(config, "sliding_window", None) or 1,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Share(Generic[S]):
+class Share(Generic[S_co]):
     """What one rank trains or annotates: `batch` holds its sequences in the order of its micro-batches.
 
     `counts` are the sequences of each micro-batch; all ranks have equally many, some may be empty.
     """
 
-    batch: S
+    batch: S_co
     counts: tuple[int, ...]
 
-    def micro_batches(self) -> Iterator[S]:
+    def micro_batches(self) -> Iterator[S_co]:
         return self.batch.split(self.counts)
 
 

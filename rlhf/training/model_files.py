@@ -1,8 +1,8 @@
-"""Model directories in Hugging Face format: read tensor by tensor, written layer group by layer group.
+"""Model directories in Hugging Face format: read tensor by tensor, written group by group.
 
-Neither direction holds a whole model in memory. Reading maps the safetensors files, so a slice of a tensor costs the
-pages of that slice. Writing appends each group to its shard as it arrives and renames the finished directory into
-place.
+Neither direction holds a whole model in memory. Reading maps the safetensors files, so a slice of a
+tensor costs the pages of that slice. Writing appends each group to its shard as it arrives and
+renames the finished directory into place.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class ModelFiles:
-    """The tensors of a model directory, by name. Tensors are views of memory-mapped files: copy before changing one.
+    """The tensors of a model directory, by name.
 
-    Raises ConfigError where the directory has no safetensors, or where a file is missing or damaged.
+    Tensors are views of memory-mapped files: copy before changing one. Raises ConfigError where the
+    directory has no safetensors, or where a file is missing or damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -69,7 +70,8 @@ class ModelFiles:
         stored = self._shards[name].get_slice(name).get_dtype()
         if stored not in DTYPES:
             reason = f"{name} is stored as {stored}"
-            raise ConfigError([self._problem("must hold plain tensors", reason, "Convert the weights to BF16 or F32.")])
+            fix = "Convert the weights to BF16 or F32."
+            raise ConfigError([self._problem("must hold plain tensors", reason, fix)])
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
@@ -78,13 +80,15 @@ class ModelFiles:
     def _open_shards(self) -> dict[str, Any]:
         """Tensor name -> open file. transformers, too, prefers the single file to the index."""
         if (self.directory / SINGLE_FILE).is_file():
-            files, indexed = [SINGLE_FILE], {}
+            indexed = {}
+            files = [SINGLE_FILE]
         elif (self.directory / INDEX_FILE).is_file():
             indexed = self._read_index()
             files = sorted(set(indexed.values()))
         else:
             raise ConfigError([self._without_safetensors()])
-        opened, problems = {}, []
+        opened: dict[str, Any] = {}
+        problems: list[str] = []
         for file in files:
             try:
                 opened[file] = self._open(file)
@@ -93,19 +97,23 @@ class ModelFiles:
         if problems:
             raise ConfigError(problems)
         self._check_index(indexed, opened)
-        return {name: shard for shard in opened.values() for name in shard.keys()}  # noqa: SIM118 - no mapping
+        # An open file has keys() and is no mapping.
+        return {name: shard for shard in opened.values() for name in shard.keys()}  # noqa: SIM118
 
     def _open(self, file: str) -> Any:
         path = self.directory / file
         if not path.is_file():
             reason = f"{INDEX_FILE} names {file}, which does not exist"
-            raise ConfigError([self._problem("must hold every file of its index", reason, "Download it again.")])
+            rule = "must hold every file of its index"
+            raise ConfigError([self._problem(rule, reason, "Download it again.")])
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            reason = f"{file} ({path.stat().st_size:,} bytes) cannot be read: {str(error).rstrip('.')}"
+            size = f"{path.stat().st_size:,} bytes"
+            reason = f"{file} ({size}) cannot be read: {str(error).rstrip('.')}"
             fix = "It is truncated or damaged: download or copy it again."
-            raise ConfigError([self._problem("must hold whole safetensors files", reason, fix)]) from error
+            problem = self._problem("must hold whole safetensors files", reason, fix)
+            raise ConfigError([problem]) from error
 
     def _read_index(self) -> dict[str, str]:
         """Tensor name -> file, as the index has it."""
@@ -129,10 +137,13 @@ class ModelFiles:
         rule = f"must hold {SINGLE_FILE} or {INDEX_FILE}"
         pickled = sorted(path.name for path in self.directory.glob("*.bin"))
         if pickled:
-            code = f"AutoModelForCausalLM.from_pretrained({str(self.directory)!r}, dtype='auto').save_pretrained(NEW)"
-            fix = f"Convert it once with transformers, {code}, copy the tokenizer files to NEW, and use NEW."
-            return self._problem(rule, f"It has only pickled weights ({few(pickled)}), which cannot be mapped", fix)
-        return self._problem(rule, "It has neither", "Point it at a directory written by save_pretrained.")
+            load = f"AutoModelForCausalLM.from_pretrained({str(self.directory)!r}, dtype='auto')"
+            code = f"{load}.save_pretrained(NEW)"
+            reason = f"It has only pickled weights ({few(pickled)}), which cannot be mapped"
+            fix = f"Convert it once: {code}, then copy the tokenizer files to NEW and use NEW."
+            return self._problem(rule, reason, fix)
+        fix = "Point it at a directory written by save_pretrained."
+        return self._problem(rule, "It has neither", fix)
 
     def _problem(self, rule: str, reason: str, fix: str) -> str:
         return f"model.path = {self.directory}: {rule}. {reason}. {fix}"
@@ -144,7 +155,10 @@ def few(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
+
+Named = tuple[str, Tensor]
+Groups = Iterator[Mapping[str, Tensor]]
 
 
 def write_model(
@@ -155,24 +169,26 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     save_rest: Callable[[Path], None],
 ) -> None:
-    """Stream `groups` into safetensors shards of at most `shard_bytes` and move the finished directory to `directory`.
+    """Stream `groups` into safetensors shards of at most `shard_bytes` each, in a model directory.
 
-    The tensors of `groups` must come in the order of `metadata`, with its dtypes and shapes; at most one group is
-    alive at a time. `save_rest` writes configuration and tokenizer into the directory it is given. An existing
-    `directory` is replaced at the end; on any error it stays as it is, and nothing is left beside it.
+    The tensors must come in the order of `metadata`, with its dtypes and shapes; one group is alive
+    at a time. `save_rest` writes configuration and tokenizer into the directory it is given. An
+    existing `directory` is replaced at the end; on any error it stays as it is, and nothing is left
+    beside it.
 
-    Drawing a group may be a collective. After an error the remaining groups are therefore drawn and dropped, so that
-    other ranks do not wait for this one. Raises StorageError where the disk is full or the place cannot be written,
-    ValueError where a tensor differs from its metadata.
+    Drawing a group may be a collective. After an error the remaining groups are drawn and dropped,
+    so that other ranks do not wait for this one. Raises StorageError where the disk is full or the
+    place cannot be written, ValueError where a tensor differs from its metadata.
     """
     target = Path(directory).absolute()
     remaining = iter(groups)
-    shards = plan_shards(metadata, shard_bytes)
     try:
-        with _storage_errors(target, sum(shard.file_bytes for shard in shards)), _staged(target) as partial:
+        shards = plan_shards(metadata, shard_bytes)
+        needed = sum(shard.file_bytes for shard in shards)
+        with _storage_errors(target, needed), _staged(target) as partial:
             _write_shards(partial, shards, remaining)
             if len(shards) > 1:
-                (partial / INDEX_FILE).write_text(json.dumps(_index_of(shards), indent=2, sort_keys=True) + "\n")
+                _write_index(partial, shards)
             save_rest(partial)
             for path in partial.rglob("*"):
                 _sync(path)
@@ -184,7 +200,7 @@ def write_model(
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file that is still to be written: its header and where the data of each tensor goes."""
+    """A safetensors file that is still to be written: its header and the place of each tensor."""
 
     file: str
     tensors: tuple[ParameterMeta, ...]
@@ -197,7 +213,7 @@ class Shard:
 
 
 def plan_shards(metadata: Sequence[ParameterMeta], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Deal the tensors to files in order. A tensor larger than `shard_bytes` has a file of its own."""
+    """Deal the tensors to files in order. One larger than `shard_bytes` has a file of its own."""
     dealt: list[list[ParameterMeta]] = [[]]
     filled = 0
     for meta in metadata:
@@ -208,18 +224,22 @@ def plan_shards(metadata: Sequence[ParameterMeta], shard_bytes: int = SHARD_BYTE
         filled += _bytes_of(meta)
     if len(dealt) == 1:
         return [_shard(SINGLE_FILE, dealt[0])]
-    names = (f"model-{number:05d}-of-{len(dealt):05d}.safetensors" for number in range(1, len(dealt) + 1))
-    return [_shard(name, tensors) for name, tensors in zip(names, dealt, strict=True)]
+    name = f"model-{{:05d}}-of-{len(dealt):05d}.safetensors"
+    return [_shard(name.format(number), tensors) for number, tensors in enumerate(dealt, start=1)]
 
 
 def _shard(file: str, tensors: Sequence[ParameterMeta]) -> Shard:
     """Lay out the data: widest dtype first, so that every tensor is aligned to its element size."""
-    offsets, position = {}, 0
+    offsets: dict[str, int] = {}
+    position = 0
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for meta in sorted(tensors, key=lambda meta: -meta.dtype.itemsize):
         end = position + _bytes_of(meta)
-        dtype = DTYPE_NAMES[meta.dtype]
-        entries[meta.name] = {"dtype": dtype, "shape": list(meta.shape), "data_offsets": [position, end]}
+        entries[meta.name] = {
+            "dtype": DTYPE_NAMES[meta.dtype],
+            "shape": list(meta.shape),
+            "data_offsets": [position, end],
+        }
         offsets[meta.name] = position
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -232,41 +252,48 @@ def _bytes_of(meta: ParameterMeta) -> int:
     return torch.Size(meta.shape).numel() * meta.dtype.itemsize
 
 
-def _index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+def _write_index(directory: Path, shards: Sequence[Shard]) -> None:
     weight_map = {meta.name: shard.file for shard in shards for meta in shard.tensors}
     total = sum(_bytes_of(meta) for shard in shards for meta in shard.tensors)
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shards(directory: Path, shards: Sequence[Shard], groups: Iterator[Mapping[str, Tensor]]) -> None:
+def _write_shards(directory: Path, shards: Sequence[Shard], groups: Groups) -> None:
     tensors = _in_order(groups)
     for shard in shards:
         with (directory / shard.file).open("wb") as file:
             file.write(shard.header)
             for meta in shard.tensors:
-                _write_tensor(file, shard, meta, *next(tensors, (None, None)))
+                _write_tensor(file, shard, meta, next(tensors, None))
+            file.flush()
+            # Now rather than at the end: other ranks may be waiting for this one in a collective.
+            os.fsync(file.fileno())
     surplus = next(tensors, None)
     if surplus is not None:
         raise ValueError(f"{surplus[0]}: not in the metadata of the model that is being written")
 
 
-def _in_order(groups: Iterator[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _in_order(groups: Groups) -> Iterator[tuple[str, Tensor]]:
     for group in groups:
         yield from group.items()
+        del group  # before the next one is made
 
 
-def _write_tensor(file: BinaryIO, shard: Shard, meta: ParameterMeta, name: str | None, tensor: Tensor | None) -> None:
-    if tensor is None or name != meta.name:
-        raise ValueError(f"{meta.name}: expected next, got {name or 'the end of the stream'}")
-    found = (tensor.dtype, tuple(tensor.shape))
-    if found != (meta.dtype, tuple(meta.shape)):
-        raise ValueError(f"{name}: {found[0]} {found[1]}, but its metadata says {meta.dtype} {tuple(meta.shape)}")
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+def _write_tensor(file: BinaryIO, shard: Shard, meta: ParameterMeta, found: Named | None) -> None:
+    if found is None or found[0] != meta.name:
+        instead = "the end of the stream" if found is None else found[0]
+        raise ValueError(f"{meta.name}: expected next, got {instead}")
+    tensor = found[1]
+    if (tensor.dtype, tuple(tensor.shape)) != (meta.dtype, tuple(meta.shape)):
+        differs = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{meta.name}: {differs}, but its metadata says {meta.dtype} {meta.shape}")
+    values = tensor.detach().cpu().contiguous()
     file.seek(len(shard.header) + shard.offsets[meta.name])
-    file.write(memoryview(data.numpy()))
+    file.write(values.view(-1).view(torch.uint8).numpy().data)
 
 
-# --- the directory ----------------------------------------------------------------------------------------------------
+# --- the directory --------------------------------------------------------------------------------
 
 REASONS = {
     errno.ENOSPC: "The disk is full",
@@ -278,12 +305,12 @@ REASONS = {
     errno.EEXIST: "A part of the path is a file",
     errno.EIO: "The disk reports an input/output error",
 }
-"""Errors of the operating system that are the fault of the place. Others, such as a lost connection, are not."""
+"""Errors that are the fault of the place. Others, such as a lost connection, are not."""
 
 
 @contextmanager
 def _storage_errors(target: Path, needed: int) -> Iterator[None]:
-    """Check that `needed` bytes are free, then turn errors of the disk in the block into StorageError."""
+    """Check that `needed` bytes are free; turn errors of the disk in the block to StorageError."""
     if target.exists() and not target.is_dir():
         raise _storage_error(target, needed, REASONS[errno.ENOTDIR])
     if _free_bytes(target) < needed:
@@ -297,7 +324,8 @@ def _storage_errors(target: Path, needed: int) -> Iterator[None]:
 
 
 def _storage_error(target: Path, needed: int, reason: str) -> StorageError:
-    space = f"{needed / 2**30:,.2f} GiB are needed and {_free_bytes(target) / 2**30:,.2f} GiB are free"
+    free = _free_bytes(target) / 2**30
+    space = f"{needed / 2**30:,.2f} GiB are needed and {free:,.2f} GiB are free"
     fix = "Free space there, or choose a directory on another disk that this user may write."
     return StorageError(f"{target}: a model must be written here. {reason}; {space}. {fix}")
 
@@ -310,12 +338,13 @@ def _free_bytes(target: Path) -> int:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, moved to `target` when the block ends, removed when it raises."""
+    """Make a directory that becomes `target` when the block ends, and is removed when it raises."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp made it private; other users' workers may have to read it
+        # mkdtemp made it private; other users' workers may have to read it.
+        partial.chmod(0o755)
         _sync(partial)
         _replace(partial, target)
         _sync(target.parent)
@@ -324,7 +353,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Rename `new` to `target`. What was there is moved aside first, and back where the second rename fails."""
+    """Rename `new` to `target`. What was there is moved aside, and back if the rename fails."""
     if not target.exists():
         new.rename(target)
         return

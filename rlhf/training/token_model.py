@@ -84,6 +84,7 @@ class TokenModel(nn.Module):
     def __init__(self, causal_lm: Any) -> None:
         super().__init__()
         check_head(causal_lm)
+        check_layers(causal_lm)
         widen_linears(causal_lm)
         self.causal_lm = causal_lm
         self.head = OutputHead(causal_lm.get_output_embeddings())
@@ -113,5 +114,18 @@ def check_head(causal_lm: Any) -> None:
             [
                 f"model = {name}: must have a plain output head. Its configuration sets {changed[0]}, which changes "
                 "the logits after the head; log-probs would be wrong. Use another model."
+            ]
+        )
+
+
+def check_layers(causal_lm: Any) -> None:
+    """Raise ConfigError where a layer mixes tokens in a way that would cross the sequences of a pack."""
+    kinds = set(getattr(causal_lm.config, "layer_types", None) or ())
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ConfigError(
+            [
+                f"model = {type(causal_lm).__name__}: must have layers of full_attention or sliding_attention alone. "
+                f"It has {', '.join(unknown)}, which would see across the sequences of a pack. Use another model."
             ]
         )

@@ -1,8 +1,8 @@
 """DeepSpeed's configuration, derived from ours and from the size of the model.
 
-DeepSpeed's defaults fit a model of some ten billion parameters: a reduction bucket alone is 500 million elements on
-every rank. Here every buffer follows from the model, so that the memory of a rank is its share of the model states,
-one layer, and buffers that are no larger than a layer.
+DeepSpeed's defaults fit a model of some ten billion parameters: a reduction bucket alone is 500
+million elements on every rank. Here every buffer follows from the model, so that the memory of a
+rank is its share of the model states, one layer, and buffers that are no larger than a layer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rlhf.config import ModelConfig, OptimizerConfig, TrainingConfig
 from rlhf.weight_sync.source import layer_groups
 
 MAX_BUCKET = 50_000_000
-"""Elements of one collective. At 100 MB (bfloat16) the bandwidth is used; a larger buffer only takes memory."""
+"""Elements of one collective: 100 MB in bfloat16. A larger one is no faster and takes memory."""
 
 MIN_BUCKET = 2**16
 """Elements of one collective of a tiny model: enough for several of its tensors."""
 
 MAX_PERSISTENT = 100_000
-"""Elements of the largest parameter that stays whole on every rank, because to gather it costs more than to hold it."""
+"""Elements of the largest parameter that stays whole on every rank: gathering costs more there."""
 
 BUCKET_MULTIPLE = 1024  # DeepSpeed wants an even number of elements
 
@@ -38,7 +38,7 @@ class ParameterSizes:
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> ParameterSizes:
-        """Measure a model by the whole shapes of its parameters; a tied tensor should be in `shapes` once."""
+        """Measure a model by the whole shapes of its parameters, a tied one under one name."""
         sizes = {name: prod(shape) for name, shape in shapes.items()}
         numbered = [group for group in layer_groups(list(sizes)) if _has_number(group[0])]
         largest = max(sizes.values())
@@ -59,7 +59,10 @@ class OptimizerName(StrEnum):
 
 
 def optimizer_name(training: TrainingConfig, device: str) -> OptimizerName:
-    """Choose the implementation for the place where the optimiser runs. The first two are compiled at first use."""
+    """Choose the implementation for the place where the optimiser runs.
+
+    DeepSpeed's own are compiled at first use; see `zero_model.build_problem`.
+    """
     if training.offload_optimizer:
         return OptimizerName.DEEPSPEED_CPU
     if device == "cuda":
@@ -78,7 +81,9 @@ def zero_settings(
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a model that is trained.
 
-    Without `optimizer` its settings have neutral values, for an engine whose stages bring their own. `adam` replaces the implementation that `optimizer_name` chooses, for a machine where that one cannot be built.
+    Without `optimizer` its settings have neutral values, for an engine whose stages bring their
+    own. `adam` replaces the implementation that `optimizer_name` chooses, for a machine where that
+    one cannot be built.
     """
     zero = _zero(training, device, parameters)
     if training.offload_optimizer:
@@ -86,7 +91,7 @@ def zero_settings(
     return {
         **_common(model, zero),
         "gradient_clipping": optimizer.max_grad_norm if optimizer is not None else 1.0,
-        # DeepSpeed would refuse torch's AdamW under offload, which is what is left where its own cannot be built.
+        # Else DeepSpeed refuses torch's AdamW under offload, the substitute for its own.
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": _adamw(optimizer, adam or optimizer_name(training, device)),
     }
@@ -95,7 +100,7 @@ def zero_settings(
 def frozen_settings(
     model: ModelConfig, training: TrainingConfig, device: str, parameters: ParameterSizes
 ) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a model for forward passes only, its parameters partitioned (ZeRO-3)."""
+    """Return DeepSpeed's configuration of a partitioned model for forward passes only (ZeRO-3)."""
     zero = _zero(training.model_copy(update={"zero_stage": 3}), device, parameters)
     return _common(model, zero)
 
@@ -103,9 +108,9 @@ def frozen_settings(
 def memory_environment(training: TrainingConfig) -> dict[str, str]:
     """Return environment variables for the processes of the ranks, to be set before they start.
 
-    glibc keeps freed blocks of up to 32 MiB for itself, which a rank that gathers and frees every layer notices: its
-    peak is a third higher. ZeRO-3 is chosen for memory, so blocks from 4 MiB on are given back there, at some cost in
-    page faults on a CPU.
+    glibc keeps freed blocks of up to 32 MiB for itself. A rank that gathers and frees every layer
+    then peaks a third higher. ZeRO-3 is chosen for memory, so there blocks from 4 MiB on are given
+    back, at some cost in page faults on a CPU.
     """
     return {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)} if training.zero_stage == 3 else {}
 
@@ -145,7 +150,7 @@ def _zero(training: TrainingConfig, device: str, parameters: ParameterSizes) -> 
     bucket = _bucket(parameters)
     zero: dict[str, Any] = {
         "stage": training.zero_stage,
-        # Gradients that arrive one by one are copied into one buffer, which keeps the device memory unfragmented.
+        # Gradients are copied into one buffer as they arrive: device memory stays unfragmented.
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
     }
@@ -157,7 +162,7 @@ def _zero(training: TrainingConfig, device: str, parameters: ParameterSizes) -> 
 
 
 def _gathering(training: TrainingConfig, device: str, parameters: ParameterSizes) -> dict[str, Any]:
-    """Limits of ZeRO-3 on the parameters that are whole at once, and the size of the optimiser's steps."""
+    """What ZeRO-3 may hold whole at once, and how much the optimiser updates at a time."""
     bucket = _bucket(parameters)
     settings: dict[str, Any] = {
         # Without it autograd keeps the gathered weights of the whole forward pass.
@@ -166,8 +171,7 @@ def _gathering(training: TrainingConfig, device: str, parameters: ParameterSizes
         "overlap_comm": device == "cuda",
         "stage3_prefetch_bucket_size": bucket if device == "cuda" else 0,
         "stage3_max_live_parameters": parameters.layer + parameters.largest,
-        # With gradient checkpointing a layer is used twice in a row: it stays between its recomputation and its
-        # backward pass.
+        # With gradient checkpointing a layer stays between its recomputation and its backward.
         "stage3_max_reuse_distance": parameters.layer,
         # Norms and biases stay whole, matrices do not.
         "stage3_param_persistence_threshold": min(MAX_PERSISTENT, parameters.layer // 256),

@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ PREFERENCE_STAGES = (
 )
 
 REWARDS = """
+from functools import partial
 from pathlib import Path
 from rewards import reward
 
@@ -103,8 +107,18 @@ def started(command: list[str], folder: Path, environment: dict[str, str] | None
 
 
 def finish(process: subprocess.Popen, timeout_s: float = 500) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=timeout_s)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        stop(process)
     return process.returncode, output
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a run that is still running because a test has failed: it would slow down all later tests."""
+    if process.poll() is None:
+        process.terminate()
+        process.communicate(timeout=120)
 
 
 def ray_folders() -> set[Path]:
@@ -296,18 +310,34 @@ def test_a_reward_that_raises_stops_the_run_with_its_authors_traceback(stopped: 
 # --- interrupted runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
-def test_an_interrupt_ends_every_process(tmp_path: Path, plugins: Path, number: int, ranks: int) -> None:
-    root = tmp_path / "runs"
-    watch = Watch(root)
-    overrides = ("stages.sft.steps=5000", f"training.ranks={ranks}", "tracking=local")
-    process = start(root, *component(plugins, "spread"), *overrides)
-    deadline = time.monotonic() + 200
-    while not (root / "latest" / "metrics.jsonl").exists() or not metrics(root, "sft"):
+def test_an_interrupt_ends_every_process(tmp_path: Path, plugins: Path) -> None:
+    """SIGINT to one run and SIGTERM to another, which starts while the first does: both take little longer than one."""
+    before, folders = shared_memory(), ray_folders()
+    first, second = tmp_path / "first", tmp_path / "second"
+    overrides = (*component(plugins, "spread"), "stages.sft.steps=5000", "tracking=local")
+    with ExitStack() as stack:
+        interrupted = start(first, *overrides)
+        stack.callback(stop, interrupted)
+        # Ray gives its own processes 30 s to start: not two Rays at the same time.
+        until((first / "latest" / "logs" / "learner-0.log").exists, interrupted)
+        terminated = start(second, *overrides, "training.ranks=1")
+        stack.callback(stop, terminated)
+        for root, process, number in ((first, interrupted, signal.SIGINT), (second, terminated, signal.SIGTERM)):
+            until(partial(trains, root), process)
+            process.send_signal(number)
+            code, output = finish(process, 120)
+            assert code == 130, output
+            assert left_behind(root, ray_folders()) == []
+    assert left_behind(tmp_path, folders) == []
+    assert shared_memory() <= before
+
+
+def trains(root: Path) -> bool:
+    return (root / "latest" / "metrics.jsonl").exists() and bool(metrics(root, "sft"))
+
+
+def until(happened: Callable[[], bool], process: subprocess.Popen, within_s: float = 200) -> None:
+    deadline = time.monotonic() + within_s
+    while not happened():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    process.send_signal(number)
-    run = watch.ended(process, 120)
-    assert run.code == 130, run.output
-    assert run.left == []
-    assert run.shared_memory_left == set()

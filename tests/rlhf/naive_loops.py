@@ -95,7 +95,9 @@ def clipped(ratio: float, advantage: float, low: float, high: float) -> tuple[fl
     return -min(free, cut), -free if free <= cut else 0.0
 
 
-def clip_tokens(source: Source, logprobs: Table, advantages: Table, clip_low: float = 0.2, clip_high: float = 0.2) -> Terms:
+def clip_tokens(
+    source: Source, logprobs: Table, advantages: Table, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Terms:
     proximal, terms = source.proximal_logprobs.tolist(), {}
     for i, tokens in enumerate(places(source)):
         for t in tokens:
@@ -257,7 +259,8 @@ def naive_dpo(
     nll_weight: float = 0.0,
 ) -> Found:
     reference, pairs = source.reference_logprobs.tolist(), len(source) // 2
-    total, slopes = 0.0, {}
+    total = 0.0
+    slopes: dict[int, float] = {}
     for w, x in [(2 * k, 2 * k + 1) for k in range(pairs)]:
         scale = {i: 1 if length_normalised or loss == "ipo" else sum(source.loss_mask[i].tolist()) for i in (w, x)}
         ratio = {i: scale[i] * (naive_mean(source, logprobs, i) - naive_mean(source, reference, i)) for i in (w, x)}
@@ -276,7 +279,8 @@ def naive_dpo(
 
 def naive_simper(source: Source, logprobs: Table) -> Found:
     pairs = len(source) // 2
-    total, slopes = 0.0, {}
+    total = 0.0
+    slopes: dict[int, float] = {}
     for w, x in [(2 * k, 2 * k + 1) for k in range(pairs)]:
         chosen, rejected = (math.exp(naive_mean(source, logprobs, i)) for i in (w, x))
         total += (-chosen + rejected) / pairs
@@ -286,7 +290,8 @@ def naive_simper(source: Source, logprobs: Table) -> Found:
 
 def naive_grouper(source: Source, logprobs: Table) -> Found:
     rewards, groups = source.rewards.tolist(), source.group_index.tolist()
-    total, slopes = 0.0, {}
+    total = 0.0
+    slopes: dict[int, float] = {}
     for i in range(len(rewards)):
         same = [r for r, g in zip(rewards, groups, strict=True) if g == groups[i]]
         z, lowest, highest = ((r - mean(same)) / deviation(same) for r in (rewards[i], min(same), max(same)))

@@ -19,7 +19,6 @@ from rlhf.losses.reduce import Reduction, sample_weights
 from rlhf.training.token_model import Pack
 from tests.rlhf.toy_world import (
     F64,
-    VOCABULARY,
     Batch,
     Source,
     Toy,

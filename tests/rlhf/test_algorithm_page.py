@@ -16,7 +16,9 @@ from rlhf.algorithms.base import Data
 from rlhf.algorithms.kl import Estimator, Kl, Placement
 from rlhf.errors import ConfigError
 from rlhf.losses.reduce import Reduction
+from rlhf.mismatch import mismatch_gaps
 from rlhf.selection import GroupFilter
+from tests.rlhf.toy_world import batch_for, built
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = re.compile(r'"((?:rollout|reward|trained|advantage|staleness|policy|optim|sync|perf|mismatch)/[a-z_]+)"')
@@ -107,6 +109,15 @@ def test_every_metric_that_is_written_in_the_loop_is_described(file: str) -> Non
     found = set(METRIC.findall((ROOT / file).read_text()))
     assert found, "nothing to check"
     assert sorted(name for name in found if f"`{name}`" not in described) == [], "add them to METRICS of page.py"
+
+
+def test_every_figure_of_the_mismatch_is_described_and_the_fresh_ones_have_the_same_names() -> None:
+    gaps = mismatch_gaps(batch_for(built("grpo")))  # type: ignore[arg-type]
+    overall, fresh = ({name.removeprefix(f"{prefix}/") for name in values} for prefix, (values, _) in gaps.items())
+    described = page._metrics()
+    assert all(f"`mismatch/{name}`" in described for name in overall)
+    assert fresh == overall
+    assert "`mismatch/fresh/<name>`" in described
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

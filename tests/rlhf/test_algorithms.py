@@ -16,8 +16,10 @@ from rlhf.algorithms import Algorithm, registry
 from rlhf.algorithms.kl import Kl
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.batches import PreferenceBatch, Rows, TrainBatch
+from rlhf.batches.packing import WorkModel, plan_batch
 from rlhf.errors import ConfigError
 from rlhf.losses.kl import kl_to_go
+from rlhf.metrics import merged
 from rlhf.training.token_model import Pack
 from tests.rlhf.naive_logprobs import logprobs_and_entropy, token_logprobs
 from tests.rlhf.naive_loops import NAIVE
@@ -330,6 +332,23 @@ def test_every_metric_is_aligned_with_the_tokens_or_rows_and_detached(algorithm:
         assert values.shape == rows.shape == (len(batch),)
         assert rows.dtype == torch.bool
         assert not values.requires_grad
+
+
+@every_algorithm
+def test_the_learner_averages_metrics_over_the_tokens_or_rows_of_all_ranks_and_micro_batches(
+    algorithm: Algorithm,
+) -> None:
+    batch = batch_for(algorithm)
+    token_loss = algorithm.token_loss(policy_logprobs(algorithm, batch).detach(), batch)
+    expected = {name: values[batch.loss_mask].mean().item() for name, values in token_loss.metrics.items()}
+    for name, (values, rows) in token_loss.row_metrics.items():
+        expected[name] = values[rows].mean().item()
+    sequences = sequences_of(batch)
+    shares = plan_batch(sequences, 2, 30, WorkModel()).shares(sequences)
+    found = merged(learner(algorithm)[0].update(share).metrics for share in shares).result()
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    beside = {name for name in found if name.startswith(("mismatch/", "policy/")) or name[-4:] in ("_min", "_max")}
+    assert found.keys() - beside <= expected.keys()
 
 
 @every_algorithm

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.agapo import Agapo
 from rlhf.algorithms.grpo_icepop import GrpoIcePop
+from rlhf.algorithms.kl import Kl
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.batches import RolloutBatch, TrainBatch, UpdateReport
-from rlhf.controller import Controller, StepRecord, sample_advantages, step_metrics
+from rlhf.algorithms.rloo import Rloo
+from rlhf.batches.ragged import RolloutBatch
+from rlhf.controller import Controller, FailedUpdate, StepRecord, sample_advantages, step_metrics
 from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
 from rlhf.phases import Phases
-from rlhf.protocols import SyncReport
+from rlhf.protocols import SyncReport, UpdateReport
 from rlhf.samples import Abstained, ScoredGroup
 from rlhf.selection import Arrivals
 
 MakeScored = Callable[..., ScoredGroup]
 PHASES = ["rollout", "annotate", "advantage", "update", "sync"]
+
+
+@dataclass
+class Update:
+    """One optimiser step as it was asked for; `part` are the numbers of its samples."""
+
+    batch: RolloutBatch
+    part: np.ndarray
+    advantages: Tensor
+    weights: Tensor
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.batch.samples.completion_tokens[self.part].sum())
 
 
 class World:
@@ -35,9 +53,11 @@ class World:
     def __init__(self, ledger: Ledger, make_scored: MakeScored, groups: int = 4) -> None:
         self.ledger, self.make_scored, self.groups = ledger, make_scored, groups
         self.calls: list[object] = []
-        self.updates: list[TrainBatch] = []
+        self.updates: list[Update] = []
         self.arrived = Arrivals()
         self.broken = False
+        self.kl_nats = torch.zeros(3 * groups)
+        self.metrics: Mapping[str, float] = {}
 
     def take(self, version: int) -> list[ScoredGroup]:
         self.calls.append(("take", version))
@@ -53,25 +73,31 @@ class World:
             self.arrived.add(group)
         return groups
 
-    def logprobs(self, batch: RolloutBatch) -> Tensor:
-        self.calls.append("proximal")
-        return batch.rollout_logprobs - 0.1 * batch.loss_mask
-
-    def reference_logprobs(self, batch: RolloutBatch) -> Tensor:
-        self.calls.append("reference")
-        return batch.rollout_logprobs - 0.2 * batch.loss_mask
-
-    def update(self, batch: TrainBatch) -> UpdateReport:
-        self.calls.append("update")
-        self.updates.append(batch)
-        if self.broken:
-            raise NonFiniteError("loss = nan")
-        n = float(len(self.updates))
-        return UpdateReport(n, 2 * n, 1e-3 * n, int(batch.loss_mask.sum()), {"policy/ratio": n, "policy/ratio_max": n})
+    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Held:
+        self.calls.append("hold")
+        return Held(self, batch, parts)
 
     def publish(self, version: int) -> SyncReport:
         self.calls.append(("publish", version))
         return SyncReport(version, 100, 0.5, 1e-6, 1e-5)
+
+
+class Held:
+    """A rollout step on the learners."""
+
+    def __init__(self, world: World, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> None:
+        self.world, self.batch, self.parts = world, batch, parts
+        self.kl_nats = world.kl_nats
+
+    def update(self, number: int, advantages: Tensor, weights: Tensor) -> UpdateReport:
+        self.world.calls.append("update")
+        asked = Update(self.batch, self.parts[number], advantages, weights)
+        self.world.updates.append(asked)
+        if self.world.broken:
+            raise NonFiniteError("loss = nan")
+        n = float(len(self.world.updates))
+        metrics = {"policy/ratio": n, "policy/ratio_max": n, "policy/ratio_min": n, **self.world.metrics}
+        return UpdateReport(n, 2 * n, 1e-3 * n, asked.trained_tokens, metrics)
 
 
 @pytest.fixture
@@ -84,7 +110,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def controller(
     world: World,
     updates_per_step: int = 1,
-    dumped: list[TrainBatch] | None = None,
+    dumped: list[FailedUpdate] | None = None,
     algorithm: OnlineAlgorithm | None = None,
 ) -> Controller:
     return Controller(
@@ -101,14 +127,14 @@ def controller(
     )
 
 
-def test_a_step_takes_annotates_updates_publishes_and_only_then_is_observed(
+def test_a_step_takes_holds_updates_publishes_and_only_then_is_observed(
     ledger: Ledger, make_scored: MakeScored
 ) -> None:
     world = World(ledger, make_scored)
     loop = controller(world)
     loop.run(2)
-    first = [("take", 3), "proximal", "update", ("publish", 4), ("observe", 0)]
-    assert world.calls == [*first, ("take", 4), "proximal", "update", ("publish", 5), ("observe", 1)]
+    first = [("take", 3), "hold", "update", ("publish", 4), ("observe", 0)]
+    assert world.calls == [*first, ("take", 4), "hold", "update", ("publish", 5), ("observe", 1)]
     assert loop.version == 5
 
 
@@ -120,12 +146,31 @@ def test_every_group_of_a_step_is_closed_as_trained_in_that_step(ledger: Ledger,
     assert [event.detail for event in closing] == [1]
 
 
-def test_the_reference_is_asked_only_where_the_algorithm_needs_it(ledger: Ledger, make_scored: MakeScored) -> None:
+def test_the_learners_hold_a_step_once_however_many_updates_it_has(ledger: Ledger, make_scored: MakeScored) -> None:
     world = World(ledger, make_scored)
-    controller(world, algorithm=Agapo()).run(1)
-    assert world.calls[:4] == [("take", 3), "proximal", "reference", "update"]
-    batch = world.updates[0]
-    torch.testing.assert_close(batch.reference_logprobs, batch.rollout_logprobs - 0.2 * batch.loss_mask)
+    controller(world, 3).run(1)
+    assert world.calls[:5] == [("take", 3), "hold", "update", "update", "update"]
+    assert all(update.batch is world.updates[0].batch for update in world.updates)
+
+
+def test_a_kl_in_the_reward_is_that_of_the_held_step(ledger: Ledger, make_scored: MakeScored) -> None:
+    world = World(ledger, make_scored)
+    world.kl_nats = torch.linspace(-1.0, 2.0, 12)
+    algorithm = Rloo(kl=Kl(coefficient=0.5, estimator="k1", placement="reward"))
+    record = controller(world, algorithm=algorithm).step(0)
+    paid = (record.batch.samples.rewards - 0.5 * world.kl_nats).view(4, 3)
+    expected = paid - (paid.sum(1, keepdim=True) - paid) / 2
+    torch.testing.assert_close(record.advantages, expected.flatten(), atol=1e-6, rtol=0)
+
+
+def test_a_kl_that_is_not_in_the_reward_changes_no_advantage(ledger: Ledger, make_scored: MakeScored) -> None:
+    world = World(ledger, make_scored)
+    plain = controller(world, algorithm=Agapo()).step(0).advantages
+    other = World(ledger, make_scored)
+    other.kl_nats = torch.linspace(-1.0, 2.0, 12)
+    loop = controller(other, algorithm=Agapo())
+    loop.version = 4
+    assert torch.equal(loop.step(1).advantages, plain)
 
 
 def test_every_part_of_the_loop_is_a_timed_phase(ledger: Ledger, make_scored: MakeScored) -> None:
@@ -142,23 +187,29 @@ def test_the_batch_is_split_by_whole_groups_and_every_part_has_weights_of_its_ow
     world = World(ledger, make_scored)
     record = controller(world, updates).step(0)
     assert len(world.updates) == len(record.updates) == updates
-    groups = [sorted(set(part.group_index.tolist())) for part in world.updates]
+    samples = record.batch.samples
+    groups = [sorted(set(samples.group_index[update.part].tolist())) for update in world.updates]
     assert sorted(g for part in groups for g in part) == [0, 1, 2, 3]
-    for part in world.updates:
+    for update in world.updates:
+        tokens = samples.completion_tokens[update.part]
         # sequence_mean: 1 / (N T_i) on each token, so a part's weights add up to one.
-        assert part.token_weights.sum().item() == pytest.approx(1.0, abs=1e-6)
-        assert part.token_weights[~part.loss_mask].abs().sum() == 0
-        assert part.token_ids.shape[1] == int(part.lengths.max())
-    assert sum(len(part) for part in world.updates) == len(record.batch) == 12
+        expected = torch.zeros(12)
+        expected[update.part] = 1.0 / (len(update.part) * tokens)
+        torch.testing.assert_close(update.weights, expected, atol=1e-7, rtol=0)
+        assert (update.weights[update.part] * tokens).sum().item() == pytest.approx(1.0, abs=1e-6)
+        assert update.weights.dtype == torch.float32
+    assert sorted(n for update in world.updates for n in update.part.tolist()) == list(range(12))
 
 
-def test_each_row_trains_with_its_own_advantage(ledger: Ledger, make_scored: MakeScored) -> None:
+def test_each_sample_trains_with_its_own_advantage(ledger: Ledger, make_scored: MakeScored) -> None:
     world = World(ledger, make_scored)
     record = controller(world, 2).step(0)
-    for part in world.updates:
-        for rewards, group, advantage in zip(part.rewards, part.group_index, part.advantages, strict=True):
-            mean = record.batch.rewards[record.batch.group_index == group].mean()
-            assert advantage.item() == pytest.approx((rewards - mean).item(), abs=1e-6)
+    samples = record.batch.samples
+    for update in world.updates:
+        assert update.advantages is record.advantages
+    for reward, group, advantage in zip(samples.rewards, samples.group_index, record.advantages, strict=True):
+        mean = samples.rewards[samples.group_index == group].mean()
+        assert advantage.item() == pytest.approx((reward - mean).item(), abs=1e-6)
 
 
 def test_a_short_step_with_fewer_groups_than_updates_makes_no_empty_update(
@@ -168,14 +219,16 @@ def test_a_short_step_with_fewer_groups_than_updates_makes_no_empty_update(
     assert len(controller(world, 4).step(0).updates) == 2
 
 
-def test_the_batch_that_broke_the_loss_is_dumped_and_nothing_is_published(
-    ledger: Ledger, make_scored: MakeScored
-) -> None:
-    world, dumped = World(ledger, make_scored), []
+def test_the_update_that_broke_is_dumped_and_nothing_is_published(ledger: Ledger, make_scored: MakeScored) -> None:
+    world = World(ledger, make_scored)
+    dumped: list[FailedUpdate] = []
     world.broken = True
     with pytest.raises(NonFiniteError) as caught:
-        controller(world, 1, dumped).run(1)
-    assert dumped == world.updates
+        controller(world, 2, dumped).run(1)
+    (failed,), (asked,) = dumped, world.updates
+    assert failed.batch is asked.batch
+    assert failed.part.tolist() == asked.part.tolist() == [0, 1, 2, 3, 4, 5]
+    assert failed.advantages is asked.advantages
     assert not any(isinstance(call, tuple) and call[0] == "publish" for call in world.calls)
     assert "in phase update" in caught.value.__notes__[0]
     assert ledger.counts()["trained"] == 0
@@ -193,7 +246,7 @@ def test_step_metrics_carry_the_documented_names_and_are_plain_finite_numbers(
     metrics = step_metrics(record, ledger, phases)
     wanted = {"reward/mean", "reward/part/math", "rollout/completion_tokens", "staleness/max_steps", "sync/s"}
     wanted |= {"optim/grad_norm", "time/rollout_s", "perf/trained_tokens_per_s", "sync/bytes", "ledger/trained"}
-    wanted |= {"mismatch/kl_nats", "rollout/zero_variance_fraction"}
+    wanted |= {"policy/ratio", "rollout/zero_variance_fraction"}
     assert wanted <= metrics.keys()
     assert all(math.isfinite(value) for value in metrics.values())
     json.dumps(metrics)
@@ -212,11 +265,12 @@ def test_step_metrics_by_hand(ledger: Ledger, make_scored: MakeScored) -> None:
     assert metrics["rollout/completion_tokens"] == pytest.approx((tokens + 18) / 14)
     assert metrics["rollout/zero_variance_fraction"] == pytest.approx(1 / 5)
     assert metrics["perf/trained_tokens"] == 30
-    assert metrics["mismatch/kl_nats"] == pytest.approx(0.1, abs=1e-6)
     # Two updates of unlike size, with ratio 1 in the first and 2 in the second: each token counts the same.
-    sizes = [int(batch.loss_mask.sum()) for batch in world.updates]
+    sizes = [update.trained_tokens for update in world.updates]
+    assert sizes[0] != sizes[1]
     assert metrics["policy/ratio"] == pytest.approx((1 * sizes[0] + 2 * sizes[1]) / sum(sizes))
-    assert metrics["policy/ratio_max"] == 2.0  # an extreme of two updates is not averaged
+    # An extreme of two updates is not averaged.
+    assert (metrics["policy/ratio_min"], metrics["policy/ratio_max"]) == (1.0, 2.0)
     assert metrics["policy/loss"] == 1.5
     assert metrics["optim/learning_rate"] == pytest.approx(2e-3)
     assert metrics["time/step_s"] == pytest.approx(sum(phases.step.values()))
@@ -233,11 +287,27 @@ def test_advantages_are_told_by_sample_and_leave_out_samples_without_a_reward(
     assert sample_advantages(record) == {"g/0": 0.5, "g/2": -0.5}
 
 
-def test_token_weights_count_only_rows_that_train(ledger: Ledger, make_scored: MakeScored) -> None:
+@pytest.mark.parametrize(("versions", "shown"), [((3, 3), False), ((2, 2), False), ((3, 2), True)])
+def test_fresh_samples_have_figures_of_their_own_only_beside_stale_ones(
+    ledger: Ledger, make_scored: MakeScored, versions: tuple[int, int], shown: bool
+) -> None:
+    world = World(ledger, make_scored)
+    world.metrics = {"mismatch/kl_nats": 0.1, "mismatch/fresh/kl_nats": 0.05}
+    groups = [make_scored((1.0, 0.0), group_id=f"g{n}", version=version) for n, version in enumerate(versions)]
+    world.take = lambda version: groups  # type: ignore[method-assign]
+    for group in groups:
+        ledger.dispatch(group.group.group_id, 3)
+    record, phases = recorded(world, 1)
+    metrics = step_metrics(record, ledger, phases)
+    assert metrics["mismatch/kl_nats"] == pytest.approx(0.1)
+    assert ("mismatch/fresh/kl_nats" in metrics) == shown
+    assert metrics["staleness/max_steps"] == 3 - min(versions)
+
+
+def test_sample_weights_count_only_samples_that_train(ledger: Ledger, make_scored: MakeScored) -> None:
     world = World(ledger, make_scored)
     group = make_scored((1.0, Abstained("math", "no"), 0.0), group_id="g", completion_tokens=[2, 9, 4])
     world.take = lambda version: [group]  # type: ignore[method-assign]
     ledger.dispatch("g", 3)
     controller(world).step(0)
-    expected = torch.tensor([1 / (2 * 2)] * 2 + [1 / (2 * 4)] * 4)
-    torch.testing.assert_close(world.updates[0].token_weights[world.updates[0].loss_mask], expected)
+    assert world.updates[0].weights.tolist() == [1 / (2 * 2), 1 / (2 * 4)]

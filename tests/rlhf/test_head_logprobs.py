@@ -128,8 +128,8 @@ def test_gradients_are_those_of_finite_differences(temperature: float, rows: int
     case = Case()
 
     def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        options = {"bias": bias, "temperature": temperature, "chunk_logits": rows * VOCABULARY}
-        return head_logprobs(hidden, weight, case.targets, **options)[0]
+        case.hidden, case.weight, case.bias = hidden, weight, bias
+        return case.chunked(rows, temperature)[0]
 
     assert torch.autograd.gradcheck(logprobs, tuple(case.leaves))
 

@@ -213,7 +213,7 @@ def test_the_losses_of_many_micro_batches_are_added_in_float64() -> None:
     alone = [learner(TinyEngine()).update(cut(part)).loss for part in sequences.split([1] * 101)]
     found = learner(TinyEngine()).update(cut(sequences, *[1] * 101)).loss
     assert found == sum(alone)
-    assert found != float(np.sum(np.float32(alone), dtype=np.float32))
+    assert found != float(np.sum(np.array(alone, np.float32), dtype=np.float32))
 
 
 # --- log-probs --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from rlhf.batches.ragged import (
 from tests.rlhf.toy_records import pieces, record
 from tests.rlhf.toy_world import batch_for, built, sequences_of
 
-SHOWN = {
+SHOWN: dict[type[Any], type[Any]] = {
     TrainSequences: TrainBatch,
     SupervisedSequences: SupervisedBatch,
     PreferenceSequences: PreferenceBatch,
@@ -41,7 +41,7 @@ lengths_st = st.lists(st.integers(1, 9), min_size=1, max_size=10)
 
 def own_logprobs(sequences: Sequences) -> Tensor:
     """What the policy would say of the trained tokens: -1, -2, ..."""
-    return -torch.arange(1.0, sequences.loss_mask.sum() + 1)
+    return -torch.arange(1.0, int(sequences.loss_mask.sum()) + 1)
 
 
 def table(rows: list[list[Any]], width: int) -> list[list[Any]]:
@@ -150,7 +150,7 @@ def test_the_flat_record_of_these_tests_shows_the_batch_again(name: str) -> None
 @given(bits=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_spreading_puts_values_on_the_mask_row_by_row(bits: list[list[bool]]) -> None:
     mask = torch.tensor(bits)
-    values = torch.arange(1.0, mask.sum() + 1, requires_grad=True)
+    values = torch.arange(1.0, int(mask.sum()) + 1, requires_grad=True)
     found = spread(values, mask)
     remaining = iter(values.tolist())
     assert found.tolist() == [[next(remaining) if on else 0.0 for on in row] for row in bits]

@@ -40,19 +40,27 @@ def rows_of(config: RunConfig, section: str) -> dict[str, object]:
 
 def test_the_plan_counts_processes_and_what_they_reserve() -> None:
     rows = rows_of(run_config(training={"ranks": 3, "zero_stage": 3}, rollouts={"num_engines": 2}), "processes")
-    assert rows["learner"] == "3 x DeepSpeed ZeRO-3, 1 CPU each"
+    assert rows["learner"] == "3 x DeepSpeed ZeRO-3, torch AdamW (fused), 1 CPU each"
     assert rows["engine"] == "2 x vLLM, 1 CPU each"
     assert rows["reward"] == "1 x graders, 1 CPU each"
     assert rows["reserved"] == "6 CPU"
 
 
 def test_the_plan_spells_out_the_batch_arithmetic() -> None:
-    config = run_config(training={"ranks": 2, "micro_batch_size": 10}, rollouts={"group_size": 4})
+    config = run_config(training={"ranks": 2, "token_budget": 1000}, rollouts={"group_size": 4})
     assert rows_of(config, "stage rl")["a step"] == "16 prompts x 4 samples = 64 rows, 2 optimiser step(s)"
-    assert rows_of(config, "stage rl")["an update"] == "32 rows = 2 ranks x 2 micro-batches x up to 10"
-    assert rows_of(config, "stage sft")["an update"] == "48 rows = 2 ranks x 3 micro-batches x up to 10"
+    packed = "sequences over 2 ranks, packed into micro-batches of 1000 tokens"
+    assert rows_of(config, "stage rl")["an update"] == f"32 {packed}"
+    assert rows_of(config, "stage sft")["an update"] == f"48 {packed}"
     assert rows_of(config, "stage sft")["algorithm"] == "sft"
     assert rows_of(config, "stage rl")["algorithm"] == "grpo_icepop"
+
+
+@pytest.mark.parametrize(("context", "budget"), [(256, 4096), (4096, 4096), (32_768, 32_768)])
+def test_without_a_token_budget_the_plan_has_that_of_the_context(context: int, budget: int) -> None:
+    model = {"kind": "exaone4_tiny", "max_context_tokens": context}
+    wanted = f"48 sequences over 2 ranks, packed into micro-batches of {budget} tokens"
+    assert rows_of(run_config(model=model), "stage sft")["an update"] == wanted
 
 
 def test_the_plan_tells_what_a_filter_asks_and_drops() -> None:
@@ -82,20 +90,21 @@ def preference(data: object, algorithm: str) -> dict[str, Any]:
     return {"kind": "preference", "data": data, "algorithm": {"name": algorithm}, "optimizer": OPTIMIZER, "epochs": 1.5}
 
 
-def test_the_plan_counts_both_rows_of_a_pair() -> None:
+def test_the_plan_counts_both_completions_of_a_pair() -> None:
     stages = {"collect": {"kind": "collect"}, "dpo": preference("collect", "dpo")}
-    rows = rows_of(run_config(stages=stages, training={"ranks": 2, "micro_batch_size": 11}), "stage dpo")
+    rows = rows_of(run_config(stages=stages, training={"ranks": 2, "token_budget": 300}), "stage dpo")
     assert (rows["algorithm"], rows["steps"]) == ("dpo", "1.5 epoch(s)")
     assert rows["a step"] == "32 pairs of collect"
-    assert rows["an update"] == "64 rows = 2 ranks x 4 micro-batches x up to 10"  # a pair is never split
+    assert rows["an update"] == "64 sequences over 2 ranks, packed into micro-batches of 300 tokens"
 
 
-def test_the_plan_counts_the_rows_of_groups_where_it_can_know_them() -> None:
+def test_the_plan_counts_the_completions_of_groups_where_it_can_know_them() -> None:
     collect = {"kind": "collect", "produce": "groups", "group_size": 3}
     file = {"kind": "jsonl", "path": "groups.jsonl"}
     stages = {"collect": collect, "known": preference("collect", "grouper"), "unknown": preference(file, "grouper")}
-    config = run_config(stages=stages, training={"ranks": 2, "micro_batch_size": 20})
-    assert rows_of(config, "stage known")["an update"] == "96 rows = 2 ranks x 3 micro-batches x up to 20"
+    config = run_config(stages=stages, training={"ranks": 2, "token_budget": 300})
+    wanted = "96 sequences over 2 ranks, packed into micro-batches of 300 tokens"
+    assert rows_of(config, "stage known")["an update"] == wanted
     assert rows_of(config, "stage unknown")["a step"] == "32 groups of groups.jsonl"
     assert "an update" not in rows_of(config, "stage unknown")
 

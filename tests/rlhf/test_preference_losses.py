@@ -16,7 +16,7 @@ from rlhf.losses.preference import (
     sequence_probability,
     spread_over_pairs,
 )
-from rlhf.losses.reduce import token_weights
+from rlhf.losses.reduce import sample_weights
 
 F64 = torch.float64
 MASK = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1]]).bool()
@@ -141,5 +141,6 @@ def test_the_reduction_of_a_spread_pair_value_is_the_mean_over_pairs(empty: list
     mask = MASK.clone()
     mask[empty] = False
     spread = spread_over_pairs(torch.tensor([3.0, 5.0], dtype=F64), mask)
-    assert (spread * token_weights(mask, "sequence_sum", dtype=F64)).sum().item() == pytest.approx(4.0, abs=1e-15)
+    weights = sample_weights(mask.sum(-1), "sequence_sum", dtype=F64)
+    assert (spread * mask * weights[:, None]).sum().item() == pytest.approx(4.0, abs=1e-15)
     assert spread[~mask].abs().sum() == 0

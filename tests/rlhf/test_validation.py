@@ -659,6 +659,13 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
         "to 4 or less",
     ),
     (
+        "token_budget_holds_the_longest_sequence",
+        {"training.token_budget": 255},
+        "training.token_budget = 255: must be at least model.max_context_tokens = 256. A sequence is never split, so a "
+        "longer one would exceed the memory that the budget allows. Set it to 256 or more, leave it out, or lower "
+        "model.max_context_tokens.",
+    ),
+    (
         "offload_needs_its_zero_stage",
         {"training.offload_optimizer": True, "training.zero_stage": 1},
         "training.offload_optimizer = true: needs training.zero_stage >= 2, and it is 1",
@@ -942,6 +949,8 @@ def test_a_broken_rule_is_told_by_its_key_value_reason_and_fix(rule: str, change
         {"rollouts.max_completion_tokens": 248},
         {"model.hidden_size": 96, "model.heads": 6, "model.kv_heads": 3, "rollouts.tensor_parallel_size": 6},
         {"training.ranks": 4, "stages.sft.batch_size": 4},
+        {"training.token_budget": 256},
+        {"model.max_context_tokens": 8192},  # the budget grows with it
         {"training.offload_parameters": True, "training.offload_optimizer": True, "training.zero_stage": 3},
         {"rewards.components.length": {"applies": "always", "weight": -0.1}},
         {"weight_sync.transport": "my_package.sync:Transport"},

@@ -76,7 +76,7 @@ class ToyEngine:
 
     device = torch.device("cpu")
 
-    def __init__(self, module: nn.Module, chunk_logits: int = CHUNK_LOGITS) -> None:
+    def __init__(self, module: Toy, chunk_logits: int = CHUNK_LOGITS) -> None:
         self.module = module
         self.chunk_logits = chunk_logits
         self.forwards = 0
@@ -91,9 +91,14 @@ class ToyEngine:
         return torch.cat([self.module.hidden(ids) for ids in sequences]).index_select(0, pack.predictors)
 
     def head(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        layer = self.module.head
-        options = {"temperature": temperature, "chunk_logits": self.chunk_logits}
-        return head_logprobs(hidden, layer.weight, targets, bias=layer.bias, **options)
+        return head_logprobs(
+            hidden,
+            self.module.head.weight,
+            targets,
+            bias=self.module.head.bias,
+            temperature=temperature,
+            chunk_logits=self.chunk_logits,
+        )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
