@@ -112,7 +112,9 @@ class Cluster:
 
     def options(self, role: Role, environment: dict[str, str]) -> dict[str, Any]:
         """Ray actor options for `role`, with the environment variables its process starts with."""
-        variables = {"OMP_NUM_THREADS": str(role.threads), "PYTHONPATH": os.pathsep.join(_python_path()), **environment}
+        # Threads that spin while they wait take the cores from the other workers.
+        pool = {"OMP_NUM_THREADS": str(role.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = {**pool, "PYTHONPATH": os.pathsep.join(_python_path()), **environment}
         assert self._group is not None
         return {
             "num_cpus": role.cpus,

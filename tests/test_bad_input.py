@@ -102,12 +102,18 @@ def jsonl(tmp_path: Path):
         (["stages.rl.data={kind: jsonl, path: /no/file.jsonl}"], ["/no/file.jsonl"]),
         (["stages.rl.data={kind: jsonll, path: x}"], ["stages.rl.data.kind = jsonll", "Did you mean jsonl?"]),
         (["stages.rl.kind=rll"], ["stages.rl.kind = rll", "collect, filter, preference, rl, sft"]),
-        (["training.token_budget=100"], ["training.token_budget = 100", "model.max_context_tokens = 128", "128 or more"]),
+        (
+            ["training.token_budget=100"],
+            ["training.token_budget = 100", "model.max_context_tokens = 128", "128 or more"],
+        ),
         (["training.token_budget=0"], ["training.token_budget = 0", "integer >= 1"]),
         (["training.micro_batch_size=8"], ["training.micro_batch_size = 8", "is not a key of training"]),
         (["training.packing=true"], ["training.packing = true", "is not a key of training"]),
         (["model.attention=eager"], ["model.attention = 'eager'", "is not a key of model"]),
-        (["training.zero_stage=1", "training.offload_optimizer=true"], ["training.offload_optimizer", "zero_stage to 2"]),
+        (
+            ["training.zero_stage=1", "training.offload_optimizer=true"],
+            ["training.offload_optimizer", "zero_stage to 2"],
+        ),
         (["training.offload_parameters=true"], ["training.offload_parameters", "zero_stage to 3"]),
     ],
 )

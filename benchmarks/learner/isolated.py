@@ -1,0 +1,51 @@
+"""Run a function of this package in a fresh process: its memory and threads are then its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+_PROGRAM = """
+import importlib, json, sys
+module, name, arguments = json.loads(sys.argv[1])
+result = getattr(importlib.import_module(module), name)(*arguments)
+print("RESULT " + json.dumps(result))
+"""
+
+
+def isolated(
+    function: Callable[..., Any], *arguments: Any, root: Path = REPOSITORY, environment: Mapping[str, str] | None = None
+) -> Any:
+    """The JSON result of `function(*arguments)` in a new interpreter with the packages of the checkout `root`."""
+    call = json.dumps([function.__module__, function.__name__, arguments])
+    return finish(start_script([sys.executable, "-c", _PROGRAM, call], root=root, environment=environment))
+
+
+def start_script(
+    command: list[str], *, root: Path = REPOSITORY, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start `command` with the packages of the checkout `root`."""
+    variables = {**os.environ, "PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Any:
+    """The result of a started process. Raises RuntimeError with the end of its output when it failed."""
+    output, _ = process.communicate()
+    found = [line for line in output.splitlines() if "RESULT " in line]
+    if process.returncode or not found:
+        raise RuntimeError(f"a measurement ended with status {process.returncode}:\n{output[-3000:]}")
+    return json.loads(found[-1].split("RESULT ", 1)[1])
