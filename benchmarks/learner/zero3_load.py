@@ -40,9 +40,9 @@ def run(*, quick: bool, **_: Any) -> dict[str, Any]:
     rows = []
     for name, (width, layers) in models.items():
         with tempfile.TemporaryDirectory() as folder:
-            sizes = write_model(Path(folder) / "model", width, layers)
-            for count in ranks:
-                rows.append({"model": name, "ranks": count, **sizes, **measure(Path(folder) / "model", count)})
+            path = Path(folder) / "model"
+            sizes = write_model(path, width, layers)
+            rows += [{"model": name, "ranks": count, **sizes, **measure(path, count)} for count in ranks]
     found = fit(rows)
     figures = {"zero3_load_error": found["largest_deviation"]}
     return {"rows": rows, "fit": found, "figures": figures}
