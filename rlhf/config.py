@@ -274,6 +274,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    offload_reference: bool = False  # the reference model in host memory, spread over the ranks as under ZeRO-3
     collective_deadline_s: Seconds = 300.0
 
 

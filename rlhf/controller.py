@@ -19,6 +19,7 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.batches.ragged import RolloutBatch, rollout_batch
 from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
+from rlhf.metrics import merged
 from rlhf.mismatch import without_redundant_fresh
 from rlhf.phases import Phases
 from rlhf.protocols import HeldStep, LearnerGroup, Publisher, RolloutSource, SyncReport, UpdateReport
@@ -124,7 +125,7 @@ def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str
         "rollout/score_s": _mean([group.score_s for group in record.groups]),
         "staleness/mean_steps": float(samples.staleness.float().mean()),
         "staleness/max_steps": float(samples.staleness.max()),
-        **without_redundant_fresh(_mean_of_updates(updates), samples.staleness),
+        **without_redundant_fresh(merged(update.metrics for update in updates).result(), samples.staleness),
         "policy/loss": _mean([update.loss for update in updates]),
         "optim/grad_norm": _mean([update.grad_norm for update in updates]),
         "optim/learning_rate": updates[-1].learning_rate,
@@ -147,16 +148,3 @@ def sample_advantages(record: StepRecord) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else 0.0
-
-
-def _mean_of_updates(updates: Sequence[UpdateReport]) -> dict[str, float]:
-    """Each metric's mean over the trained tokens of all optimiser steps; extremes stay extremes."""
-    out: dict[str, float] = {}
-    for name in sorted({name for update in updates for name in update.metrics}):
-        found = [(update.metrics[name], update.trained_tokens) for update in updates if name in update.metrics]
-        extreme = {"_min": min, "_max": max}.get(name[-4:])
-        if extreme is not None:
-            out[name] = extreme(value for value, _ in found)
-        else:
-            out[name] = sum(value * tokens for value, tokens in found) / sum(tokens for _, tokens in found)
-    return out

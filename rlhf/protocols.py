@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.batches.ragged import OptimiserStep, RolloutBatch, Sequences
 from rlhf.config import AlgorithmConfig, OptimizerConfig
 from rlhf.evaluation import EvaluationResult
+from rlhf.metrics import MetricSums
 from rlhf.samples import ScoredGroup, WeightVersion
 from rlhf.selection import Arrivals
 
@@ -40,13 +41,16 @@ class StageSetup:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """What one optimiser step did. `loss` and `grad_norm` (before clipping) are of the global batch."""
+    """What one optimiser step did. `loss` and `grad_norm` (before clipping) are of the global batch.
+
+    `metrics` are sums, so that the means over several updates count every token once.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     trained_tokens: int
-    metrics: Mapping[str, float]
+    metrics: MetricSums
 
 
 class HeldStep(Protocol):

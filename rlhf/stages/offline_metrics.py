@@ -11,7 +11,7 @@ def offline_metrics(report: UpdateReport, phases: Phases) -> dict[str, float]:
     seconds = sum(phases.step.values())
     return {
         "policy/loss": report.loss,
-        **report.metrics,
+        **report.metrics.result(),
         "optim/grad_norm": report.grad_norm,
         "optim/learning_rate": report.learning_rate,
         **{f"time/{name}_s": value for name, value in phases.step.items()},

@@ -130,10 +130,15 @@ class DeepSpeedEngine:
 
 
 class FrozenModel:
-    """Weights that never change, for log-probs only; under ZeRO-3 each rank holds its share of them."""
+    """Weights that never change, for log-probs only.
+
+    Each rank holds its share of them under ZeRO-3, and in host memory with `training.offload_reference`.
+    """
 
     def __init__(self, model_path: Path, model: ModelConfig, training: TrainingConfig, device: str) -> None:
         self.device = _torch_device(device)
+        if training.offload_reference:
+            training = training.model_copy(update={"zero_stage": 3, "offload_parameters": True})
         settings = frozen_settings(model, training, device, ParameterSizes.of(_shapes(model_path)))
         causal_lm = _causal_lm(model_path, model, training, settings, gradient_checkpointing=False)
         self._model: Any = TokenModel(causal_lm).eval().requires_grad_(False)

@@ -218,5 +218,5 @@ def _report(reports: Sequence[RankReport]) -> UpdateReport:
         grad_norm=reports[0].grad_norm,
         learning_rate=reports[0].learning_rate,
         trained_tokens=sum(report.trained_tokens for report in reports),
-        metrics=merged(report.metrics for report in reports).result(),
+        metrics=merged(report.metrics for report in reports),
     )

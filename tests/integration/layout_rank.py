@@ -67,7 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Layout]]] = {
 """Algorithm -> its hyper-parameters and the layouts it is trained in."""
 
 
-def config(zero_stage: int) -> RunConfig:
+def config(zero_stage: int, offload_reference: bool = False) -> RunConfig:
     optimizer = {"learning_rate": 1e-3, "max_grad_norm": 0.5}
     return RunConfig.model_validate(
         {
@@ -78,7 +78,7 @@ def config(zero_stage: int) -> RunConfig:
             "algorithm": {"name": "grpo_icepop"},
             "rewards": {"components": {"math": {}}},
             "rollouts": {"temperature": 0.8},
-            "training": {"ranks": RANKS, "zero_stage": zero_stage},
+            "training": {"ranks": RANKS, "zero_stage": zero_stage, "offload_reference": offload_reference},
         }
     )
 
@@ -184,7 +184,7 @@ def main() -> None:
     join(RANK, config(1), "127.0.0.1", PORT)
     runs = [(layout, name) for name, (_, layouts) in CASES.items() for layout in layouts]
     for (zero_stage, budget, recomputed), name in runs:
-        settings = config(zero_stage)
+        settings = config(zero_stage, offload_reference=zero_stage == 2)
         rank = LoadedRank(RANK, settings, MODEL)
         chosen = AlgorithmConfig(name=name, **CASES[name][0])
         stage = rank.begin_stage(StageSetup(MODEL, settings.stages["sft"].optimizer, STEPS, chosen))

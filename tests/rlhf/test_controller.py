@@ -22,6 +22,7 @@ from rlhf.batches.ragged import RolloutBatch
 from rlhf.controller import Controller, FailedUpdate, StepRecord, sample_advantages, step_metrics
 from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
+from rlhf.metrics import MetricSums
 from rlhf.phases import Phases
 from rlhf.protocols import SyncReport, UpdateReport
 from rlhf.samples import Abstained, ScoredGroup
@@ -96,8 +97,10 @@ class Held:
         if self.world.broken:
             raise NonFiniteError("loss = nan")
         n = float(len(self.world.updates))
-        metrics = {"policy/ratio": n, "policy/ratio_max": n, "policy/ratio_min": n, **self.world.metrics}
-        return UpdateReport(n, 2 * n, 1e-3 * n, asked.trained_tokens, metrics)
+        tokens = asked.trained_tokens
+        means = {"policy/ratio": n, **self.world.metrics}
+        sums = MetricSums({name: [mean * tokens, float(tokens), mean, mean] for name, mean in means.items()})
+        return UpdateReport(n, 2 * n, 1e-3 * n, tokens, sums)
 
 
 @pytest.fixture

@@ -187,4 +187,4 @@ def test_sizes_are_those_of_the_whole_model_its_largest_tensor_and_its_largest_l
 
 def test_only_zero_3_pays_page_faults_for_memory():
     assert memory_environment(training(2)) == {}
-    assert int(memory_environment(training(3))["MALLOC_MMAP_THRESHOLD_"]) == 4 * 2**20
+    assert int(memory_environment(training(3))["MALLOC_MMAP_THRESHOLD_"]) == 128 * 2**10
