@@ -18,6 +18,8 @@ import torch
 
 from benchmarks.learner.isolated import finish, start_script
 from benchmarks.learner.machine import GIB, peak_memory
+from rlhf.config import TrainingConfig
+from rlhf.training.zero_settings import memory_environment
 from rlhf.weight_sync.transports import free_port
 
 TOKENS = 8192
@@ -48,7 +50,8 @@ def run(*, quick: bool, **_: Any) -> dict[str, Any]:
         for rank in range(RANKS):
             arguments = json.dumps([rank, port, str(Path(folder) / "model"), tokens])
             command = [sys.executable, "-m", "benchmarks.learner.full_size", arguments]
-            processes.append(start_script(command, environment={"OMP_NUM_THREADS": "1"}))
+            variables = {"OMP_NUM_THREADS": "1", **memory_environment(TrainingConfig(zero_stage=3))}
+            processes.append(start_script(command, environment=variables))
         ranks = [finish(process) for process in processes]
     return {
         "parameters": parameters,
@@ -79,7 +82,7 @@ def one_rank(rank: int, port: int, model: str, tokens: int) -> dict[str, Any]:
     """Runs in its own process. Rank 0 has the sequence; the other takes part in the collectives."""
     from rlhf.batches.packing import Share
     from rlhf.batches.ragged import supervised_sequences
-    from rlhf.config import HuggingFaceModel, TrainingConfig
+    from rlhf.config import HuggingFaceModel
     from rlhf.samples import TokenizedExample
     from rlhf.training.deepspeed_engine import DeepSpeedEngine, join_process_group
     from rlhf.training.token_model import Pack

@@ -20,6 +20,8 @@ import torch
 
 from benchmarks.learner.isolated import finish, start_script
 from benchmarks.learner.machine import GIB, anonymous_bytes, peak_memory
+from rlhf.config import TrainingConfig
+from rlhf.training.zero_settings import memory_environment
 from rlhf.weight_sync.transports import free_port
 
 # name -> (width, layers); vocabulary 16,384, untied head
@@ -78,7 +80,8 @@ def measure(model: Path, ranks: int) -> dict[str, float]:
     for rank in range(ranks):
         arguments = json.dumps([rank, ranks, port, str(model)])
         command = [sys.executable, "-m", "benchmarks.learner.zero3_load", arguments]
-        processes.append(start_script(command, environment={"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}))
+        variables = {"OMP_NUM_THREADS": "1", **memory_environment(TrainingConfig(zero_stage=3))}
+        processes.append(start_script(command, environment=variables))
     found = [finish(process) for process in processes]
     return {key: max(one[key] for one in found) for key in ("loaded_gib", "peak_gib")}
 
@@ -111,7 +114,7 @@ def one_rank(rank: int, ranks: int, port: int, model: str) -> dict[str, float]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(ranks)}
     from rlhf.batches.packing import WorkModel, plan_batch
     from rlhf.batches.ragged import supervised_sequences
-    from rlhf.config import HuggingFaceModel, OptimizerConfig, TrainingConfig
+    from rlhf.config import HuggingFaceModel, OptimizerConfig
     from rlhf.samples import TokenizedExample
     from rlhf.training.deepspeed_engine import DeepSpeedEngine, join_process_group
     from rlhf.training.token_model import Pack

@@ -23,6 +23,7 @@ from rlhf.training.deepspeed_engine import environment
 from rlhf.training.learner import RankReport
 from rlhf.training.memory import explained_memory
 from rlhf.training.rank import LoadedRank, RankSender, StageRank, join
+from rlhf.training.zero_settings import memory_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.transports import free_port
 from rlhf.weight_sync.worker import RayEngineClient
@@ -99,7 +100,7 @@ class RayLearnerGroup:
     def __init__(self, cluster: Cluster, config: RunConfig, log_dir: Path) -> None:
         self._config = config
         self._ranks = config.training.ranks
-        variables = environment(config.cluster.device, self._ranks)
+        variables = environment(config.cluster.device, self._ranks) | memory_environment(config.training)
         learners = [role for role in roles(config) if role.name.startswith("learner")]
         self._workers = [
             ray.remote(LearnerWorker)

@@ -60,14 +60,14 @@ def partitioned_model(
     model, on all ranks that see the same files.
     """
     files = ModelFiles(path)
-    policy = _empty_model(Path(path), model, settings, attention)
+    policy = _empty(Path(path), model, settings, attention)
     problems = _fill(policy, files)
     if problems:
         raise ConfigError([f"model.path = {path}: {problem}" for problem in problems])
     return in_training_mode(policy, gradient_checkpointing=gradient_checkpointing)
 
 
-def _empty_model(path: Path, model: ModelConfig, settings: Settings, attention: str) -> PreTrainedModel:
+def _empty(path: Path, model: ModelConfig, settings: Settings, attention: str) -> PreTrainedModel:
     """Build the model: its partitioned parameters hold nothing yet, its buffers their values."""
     config = policy_config(path, trust_remote_code=model.trust_remote_code)
     try:

@@ -109,9 +109,9 @@ def memory_environment(training: TrainingConfig) -> dict[str, str]:
     """Return environment variables for the processes of the ranks, to be set before they start.
 
     glibc gives freed blocks back to the system from 128 KiB on, and raises that limit up to 32 MiB
-    as it meets larger ones. A rank that gathers and frees every layer then peaks 40 to 50 % higher.
-    Setting the limit keeps it where it starts. The page faults cost a fifth of the CPU time of a
-    small model, so only ZeRO-3, which is chosen for memory, does that.
+    as it meets larger ones. A rank that gathers and frees every layer then peaks a third higher or
+    more. Setting the limit keeps it where it starts. The page faults cost a small model a fifth of
+    its CPU time, so only ZeRO-3, which is chosen for memory, does that.
     """
     return {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)} if training.zero_stage == 3 else {}
 
