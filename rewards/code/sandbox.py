@@ -208,8 +208,11 @@ class Sandbox:
         if self._tier is not Tier.STRONG or len(pids) < 2:
             return 0
         with suppress(OSError):
-            found = os.statvfs(f"/proc/{pids[1]}/root/tmp")
-            return found.f_files - found.f_ffree
+            inside = f"/proc/{pids[1]}/root/tmp"
+            # Until bubblewrap has changed the root, this is the /tmp of the host, whose files are not the candidate's.
+            if Path(inside).stat().st_dev != Path("/tmp").stat().st_dev:
+                found = os.statvfs(inside)
+                return found.f_files - found.f_ffree
         return 0
 
     def _readable(self) -> bool:

@@ -55,7 +55,7 @@ BUDGETS = [(zero, budget, False) for zero, budget in product((1, 2, 3), (ONE_BY_
 RECOMPUTED = [(1, FEW, True), (3, ALL, True)]
 FEW_LAYOUTS = [(1, ONE_BY_ONE, False), (3, FEW, False), (2, ALL, False)]
 CASES: dict[str, tuple[dict[str, Any], list[Layout]]] = {
-    "sft": ({}, BUDGETS),
+    "sft": ({}, FEW_LAYOUTS),
     "grpo_icepop": ({}, [*BUDGETS, *RECOMPUTED]),
     "grpo": ({"kl": K3}, [*FEW_LAYOUTS, *RECOMPUTED]),
     "rloo": ({"kl": IN_REWARD}, FEW_LAYOUTS),
