@@ -66,6 +66,7 @@ class ZeroWeightSource:
             if self._with_digests:
                 self.digests |= {name: tensor_digest(tensor) for name, tensor in group.items()}
             yield group
+            del group  # or it would live on while the next one is gathered
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.iter_groups():
