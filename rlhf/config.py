@@ -329,7 +329,7 @@ class FilterStage(Section):
     """
 
     kind: Literal["filter"]
-    prompts: Positive = 1024  # the first so many; all, where the source has fewer
+    prompts: Positive = 1024  # number of prompts to sample, from the start of the source
     samples_per_prompt: Positive = 8
     drop_at_least: Annotated[int, Field(ge=1)] | None = None  # correct samples; None: all of samples_per_prompt
     drop_at_most: Annotated[int, Field(ge=0)] | None = None  # None: hard prompts stay, 0 drops the unsolved

@@ -1,4 +1,4 @@
-"""How far the engine that sampled and the learner that trains disagree on the sampled tokens."""
+"""Disagreement of the engine that sampled and the learner that trains on the sampled tokens."""
 
 from __future__ import annotations
 

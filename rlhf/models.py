@@ -137,16 +137,13 @@ def load_policy(
     cache. Gradient checkpointing is the non-reentrant kind and acts only in training mode.
     """
     config = policy_config(path, trust_remote_code=trust_remote_code)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch_dtype(dtype),
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-        )
-    except ImportError as error:
-        raise attention_error(attention, error) from error
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=torch_dtype(dtype),
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+    )
     return in_training_mode(model, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -158,11 +155,6 @@ def policy_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTr
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
-
-
-def attention_error(attention: str, error: ImportError) -> ConfigError:
-    fix = f'Install what it needs, or set model.attention to "sdpa". ({error})'
-    return ConfigError([f"model.attention = {attention}: must be available here. It cannot be imported. {fix}"])
 
 
 def in_training_mode(model: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:

@@ -31,7 +31,7 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True)
 class StageSetup:
-    """What a training stage asks of the learners. `policy` holds the weights that it starts from."""
+    """Settings of a training stage for the learners. `policy` holds the weights that it starts from."""
 
     policy: Path
     optimizer: OptimizerConfig
@@ -41,7 +41,7 @@ class StageSetup:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """What one optimiser step did. `loss` and `grad_norm` (before clipping) are of the global batch.
+    """Report of one optimiser step. `loss` and `grad_norm` (before clipping) are of the global batch.
 
     `metrics` are sums, so that the means over several updates count every token once.
     """

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.isolated import finish, start_script
+from benchmarks.learner.isolated import run_zero3_ranks
 from benchmarks.learner.machine import GIB, peak_memory
-from rlhf.config import TrainingConfig
-from rlhf.training.zero_settings import memory_environment
 from rlhf.weight_sync.transports import free_port
 
 TOKENS = 8192
@@ -46,13 +44,8 @@ def run(*, quick: bool, **_: Any) -> dict[str, Any]:
     tokens, layers = (1024, 4) if quick else (TOKENS, ARCHITECTURE["num_hidden_layers"])
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_model(Path(folder) / "model", layers)
-        port, processes = free_port(), []
-        for rank in range(RANKS):
-            arguments = json.dumps([rank, port, str(Path(folder) / "model"), tokens])
-            command = [sys.executable, "-m", "benchmarks.learner.full_size", arguments]
-            variables = {"OMP_NUM_THREADS": "1", **memory_environment(TrainingConfig(zero_stage=3))}
-            processes.append(start_script(command, environment=variables))
-        ranks = [finish(process) for process in processes]
+        arguments = [free_port(), str(Path(folder) / "model"), tokens]
+        ranks = run_zero3_ranks("benchmarks.learner.full_size", RANKS, arguments)
     return {
         "parameters": parameters,
         "tokens": tokens,
@@ -78,20 +71,20 @@ def write_model(path: Path, layers: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def one_rank(rank: int, port: int, model: str, tokens: int) -> dict[str, Any]:
+def one_rank(rank: int, ranks: int, port: int, model: str, tokens: int) -> dict[str, Any]:
     """Runs in its own process. Rank 0 has the sequence; the other takes part in the collectives."""
     from rlhf.batches.packing import Share
     from rlhf.batches.ragged import supervised_sequences
-    from rlhf.config import HuggingFaceModel
+    from rlhf.config import HuggingFaceModel, TrainingConfig
     from rlhf.samples import TokenizedExample
     from rlhf.training.deepspeed_engine import DeepSpeedEngine, join_process_group
     from rlhf.training.token_model import Pack
 
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(RANKS)}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(ranks)}
     torch.set_num_threads(1)
-    join_process_group(rank, RANKS, "127.0.0.1", port, "cpu", 7200.0)
+    join_process_group(rank, ranks, "127.0.0.1", port, "cpu", 7200.0)
     chosen = HuggingFaceModel(kind="hf", path=model, dtype="bfloat16", max_context_tokens=tokens)
-    training = TrainingConfig(ranks=RANKS, zero_stage=3, gradient_checkpointing=True)
+    training = TrainingConfig(ranks=ranks, zero_stage=3, gradient_checkpointing=True)
     token_ids = np.random.default_rng(0).integers(10, 100_000, tokens).astype(np.int32)
     example = TokenizedExample(token_ids, np.arange(tokens) > 0)
     share = Share(supervised_sequences([example], lambda count: 1.0 / count), (1 if rank == 0 else 0,))

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlhf.config import TrainingConfig
+from rlhf.training.zero_settings import memory_environment
 
 REPOSITORY = Path(__file__).parents[2]
 _PROGRAM = """
@@ -25,6 +28,14 @@ def isolated(
     """The JSON result of `function(*arguments)` in a new interpreter with the packages of the checkout `root`."""
     call = json.dumps([function.__module__, function.__name__, arguments])
     return finish(start_script([sys.executable, "-c", _PROGRAM, call], root=root, environment=environment))
+
+
+def run_zero3_ranks(module: str, ranks: int, arguments: Sequence[Any]) -> list[Any]:
+    """The results of `python -m module '[rank, ranks, *arguments]'`, run for all ranks at once as a run starts them."""
+    environment = {"OMP_NUM_THREADS": "1", **memory_environment(TrainingConfig(zero_stage=3))}
+    calls = [json.dumps([rank, ranks, *arguments]) for rank in range(ranks)]
+    started = [start_script([sys.executable, "-m", module, call], environment=environment) for call in calls]
+    return [finish(process) for process in started]
 
 
 def start_script(

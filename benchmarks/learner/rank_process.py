@@ -28,7 +28,7 @@ OPTIMIZER = {"learning_rate": 1e-6}
 
 @dataclass(frozen=True)
 class Task:
-    """What to time. `training` are settings of that section, `samples` a file that `write_samples` wrote."""
+    """One measurement. `training` are settings of that section, `samples` a file that `write_samples` wrote."""
 
     rank: int
     ranks: int

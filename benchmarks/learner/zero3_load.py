@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.isolated import finish, start_script
+from benchmarks.learner.isolated import run_zero3_ranks
 from benchmarks.learner.machine import GIB, anonymous_bytes, peak_memory
-from rlhf.config import TrainingConfig
-from rlhf.training.zero_settings import memory_environment
 from rlhf.weight_sync.transports import free_port
 
 # name -> (width, layers); vocabulary 16,384, untied head
@@ -76,13 +74,7 @@ def write_model(path: Path, width: int, layers: int) -> dict[str, int]:
 
 def measure(model: Path, ranks: int) -> dict[str, float]:
     """GiB above an empty process of the rank that holds most: after loading, and at most over the steps."""
-    port, processes = free_port(), []
-    for rank in range(ranks):
-        arguments = json.dumps([rank, ranks, port, str(model)])
-        command = [sys.executable, "-m", "benchmarks.learner.zero3_load", arguments]
-        variables = {"OMP_NUM_THREADS": "1", **memory_environment(TrainingConfig(zero_stage=3))}
-        processes.append(start_script(command, environment=variables))
-    found = [finish(process) for process in processes]
+    found = run_zero3_ranks("benchmarks.learner.zero3_load", ranks, [free_port(), str(model)])
     return {key: max(one[key] for one in found) for key in ("loaded_gib", "peak_gib")}
 
 
@@ -114,7 +106,7 @@ def one_rank(rank: int, ranks: int, port: int, model: str) -> dict[str, float]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(ranks)}
     from rlhf.batches.packing import WorkModel, plan_batch
     from rlhf.batches.ragged import supervised_sequences
-    from rlhf.config import HuggingFaceModel, OptimizerConfig
+    from rlhf.config import HuggingFaceModel, OptimizerConfig, TrainingConfig
     from rlhf.samples import TokenizedExample
     from rlhf.training.deepspeed_engine import DeepSpeedEngine, join_process_group
     from rlhf.training.token_model import Pack

@@ -60,7 +60,7 @@ class WorkModel:
 
 @dataclass(frozen=True, slots=True)
 class Share(Generic[S_co]):
-    """What one rank trains or annotates: `batch` holds its sequences in the order of its micro-batches.
+    """The part of one rank: `batch` holds its sequences in the order of its micro-batches.
 
     `counts` are the sequences of each micro-batch; all ranks have equally many, some may be empty.
     """
@@ -89,7 +89,7 @@ class BatchPlan:
         return [np.concatenate(parts) for parts in self.ranks]
 
     def shares(self, sequences: S) -> list[Share[S]]:
-        """What each rank gets of the `sequences` that were planned."""
+        """The parts of the planned `sequences`, one for each rank."""
         counts = [tuple(len(part) for part in parts) for parts in self.ranks]
         return [Share(sequences.select(index), sizes) for index, sizes in zip(self.index, counts, strict=True)]
 

@@ -73,7 +73,7 @@ class PairBatch(PreferenceBatch):
 
 
 MicroBatch = TrainBatch | SupervisedBatch | PreferenceBatch
-"""What a token loss is computed on."""
+"""The micro-batches on which a token loss is computed."""
 
 
 class Padder:

@@ -151,7 +151,7 @@ class PairSequences(PreferenceSequences):
 
 
 OptimiserStep = TrainSequences | SupervisedSequences | PreferenceSequences
-"""What a learner can make an optimiser step on."""
+"""The records on which a learner makes an optimiser step."""
 
 
 @dataclass(frozen=True, slots=True)

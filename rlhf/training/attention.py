@@ -43,7 +43,7 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackLayout:
-    """Where the sequences of a pack start; built once per micro-batch, used by every layer."""
+    """Start of each sequence of a pack; built once per micro-batch, used by every layer."""
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor  # int32 [B+1], on the device of the pack
@@ -359,7 +359,7 @@ def _cut(lengths: Sequence[int], window: int | None) -> tuple[list[_Piece], list
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Where the tokens of a pack lie in the padded buckets, and the way back. Indices are int64."""
+    """Places of the tokens of a pack in the padded buckets, and the way back. Indices are int64."""
 
     shapes: tuple[tuple[int, int], ...]  # (rows, width) of each bucket
     sources: tuple[Tensor, ...]  # token of each slot, by bucket; padding names a token too

@@ -41,7 +41,7 @@ class Model(Protocol):
 
 
 class TrainingEngine(Model, Protocol):
-    """What the learner needs of DeepSpeed; see `DeepSpeedEngine`."""
+    """The part of DeepSpeed that the learner needs; see `DeepSpeedEngine`."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 

@@ -11,7 +11,7 @@ from rlhf.config import RunConfig
 from rlhf.errors import OutOfMemoryError
 
 _ON_CPU = ("can't allocate memory", "not enough memory")
-"""How torch's CPU allocator words it, in a plain RuntimeError."""
+"""Words of torch's CPU allocator, in a plain RuntimeError."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from transformers.initialization import no_init_weights
 
 from rlhf.config import ModelConfig, TrainingConfig
 from rlhf.errors import ConfigError
-from rlhf.models import attention_error, in_training_mode, policy_config, torch_dtype
+from rlhf.models import in_training_mode, policy_config, torch_dtype
 from rlhf.training.model_files import ModelFiles, few
 from rlhf.training.zero_settings import OptimizerName, optimizer_name
 
@@ -70,16 +70,13 @@ def partitioned_model(
 def _empty(path: Path, model: ModelConfig, settings: Settings, attention: str) -> PreTrainedModel:
     """Build the model: its partitioned parameters hold nothing yet, its buffers their values."""
     config = policy_config(path, trust_remote_code=model.trust_remote_code)
-    try:
-        with no_init_weights(), _partitioning(settings):
-            policy = AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch_dtype(model.dtype),
-                attn_implementation=attention,
-                trust_remote_code=model.trust_remote_code,
-            )
-    except ImportError as error:
-        raise attention_error(attention, error) from error
+    with no_init_weights(), _partitioning(settings):
+        policy = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch_dtype(model.dtype),
+            attn_implementation=attention,
+            trust_remote_code=model.trust_remote_code,
+        )
     policy.tie_weights()  # part of the initialisation that was left out
     if (path / "generation_config.json").is_file():
         policy.generation_config = GenerationConfig.from_pretrained(path)

@@ -163,7 +163,7 @@ def _zero(training: TrainingConfig, device: str, parameters: ParameterSizes) -> 
 
 
 def _gathering(training: TrainingConfig, device: str, parameters: ParameterSizes) -> dict[str, Any]:
-    """What ZeRO-3 may hold whole at once, and how much the optimiser updates at a time."""
+    """Limits on what ZeRO-3 holds whole at once, and on what the optimiser updates at a time."""
     bucket = _bucket(parameters)
     settings: dict[str, Any] = {
         # Without it autograd keeps the gathered weights of the whole forward pass.
