@@ -81,7 +81,7 @@ def one_rank(rank: int, ranks: int, port: int, model: str, tokens: int) -> dict[
     from rlhf.training.token_model import Pack
 
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(ranks)}
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() or 1 if rank == 0 else 1)
     join_process_group(rank, ranks, "127.0.0.1", port, "cpu", 7200.0)
     chosen = HuggingFaceModel(kind="hf", path=model, dtype="bfloat16", max_context_tokens=tokens)
     training = TrainingConfig(ranks=ranks, zero_stage=3, gradient_checkpointing=True)

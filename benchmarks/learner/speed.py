@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.learner.isolated import REPOSITORY, finish, isolated, start_script
 from benchmarks.learner.logprob_memory import naive_logprobs
+from benchmarks.learner.machine import matmul_gflops
 from benchmarks.learner.samples import uniform_lengths, write_samples
 from rlhf.config import Exaone4TinyModel, SmolLM2Model
 from rlhf.models import policy_config, prepare_model
@@ -29,22 +30,23 @@ from rlhf.weight_sync.transports import free_port
 RANK_PROCESS = Path(__file__).with_name("rank_process.py")
 GSM8K_LENGTHS = (150, 300)
 TINY_LENGTHS = (24, 72)
+SHORT_LENGTHS = (16, 48)
 
 
 def run(*, quick: bool, baseline: Path | None, **_: Any) -> dict[str, Any]:
     """Ratios to the bare loop in float32 for both models, in bfloat16 too, and to the checkout at `baseline`."""
-    repeats = 3 if quick else 7
+    repeats = 3 if quick else 5
     with tempfile.TemporaryDirectory() as folder:
         cases = models(Path(folder))
         beside_torch = {
             f"{name}_{dtype}": isolated(beside_loop, case, dtype, repeats)
-            for name, case in cases.items()
-            for dtype in ("float32", "bfloat16")
+            for dtype, of_dtype in cases.items()
+            for name, case in of_dtype.items()
         }
         figures = {f"learner_over_torch_{name}": beside_torch[f"{name}_float32"]["ratio"] for name in ("135m", "tiny")}
         result: dict[str, Any] = {"beside_torch": beside_torch, "figures": figures}
         if baseline is not None:
-            older = {dtype: beside_older(cases["135m"], dtype, baseline, quick) for dtype in ("float32", "bfloat16")}
+            older = {dtype: beside_older(of_dtype["135m"], dtype, baseline, quick) for dtype, of_dtype in cases.items()}
             figures |= {
                 "update_speedup_fp32": older["float32"]["speedup"],
                 "update_speedup_bf16": older["bfloat16"]["speedup"],
@@ -53,17 +55,31 @@ def run(*, quick: bool, baseline: Path | None, **_: Any) -> dict[str, Any]:
     return result
 
 
-def models(folder: Path) -> dict[str, dict[str, Any]]:
-    """The two models with their sequences: 16 of SmolLM2-135M, 128 of the tiny one."""
+def models(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """By precision and name, the two models with their sequences: 16 of SmolLM2-135M, 128 of the tiny one.
+
+    Without bfloat16 instructions a step of the others takes an hour in that precision, so that its sequences are few
+    and short there.
+    """
     tiny_config = Exaone4TinyModel(kind="exaone4_tiny", max_context_tokens=128)
     tiny = prepare_model(tiny_config, 0, folder / "tiny")
     smollm2 = prepare_model(SmolLM2Model(kind="smollm2_135m"), 0, folder / "smollm2")
     small = write_samples(folder / "small.npz", uniform_lengths(16, GSM8K_LENGTHS), 49_152, 0.5)
     many = write_samples(folder / "many.npz", uniform_lengths(128, TINY_LENGTHS), 272, 0.5)
-    return {
-        "135m": {"model": str(smollm2), "samples": str(small), "context": 768, "token_budget": 1024},
-        "tiny": {"model": str(tiny), "samples": str(many), "context": 128, "token_budget": 4096},
-    }
+    short = write_samples(folder / "short.npz", uniform_lengths(4, SHORT_LENGTHS), 49_152, 0.5)
+    few = write_samples(folder / "few.npz", uniform_lengths(32, TINY_LENGTHS), 272, 0.5)
+    emulated = matmul_gflops(torch.bfloat16) < matmul_gflops(torch.float32) / 4
+
+    def cases(large_samples: Path, tiny_samples: Path, shortened: bool) -> dict[str, dict[str, Any]]:
+        common = {"short": shortened}
+        return {
+            "135m": {"model": str(smollm2), "samples": str(large_samples), "context": 768, "token_budget": 1024}
+            | common,
+            "tiny": {"model": str(tiny), "samples": str(tiny_samples), "context": 128, "token_budget": 4096} | common,
+        }
+
+    long = cases(small, many, False)
+    return {"float32": long, "bfloat16": cases(short, few, True) if emulated else long}
 
 
 # --- the bare loop ----------------------------------------------------------------------------------------------------
@@ -171,13 +187,14 @@ class BareLoop:
 def beside_older(case: dict[str, Any], dtype: str, baseline: Path, quick: bool) -> dict[str, Any]:
     """Annotation and update of `experiment=gsm8k_smollm2`: one rollout step of 4 prompts x 4 samples, learners alone.
 
-    The older checkout runs as its experiment says, two ranks of one thread; this one as its own does.
+    The older checkout runs as its experiment says, two ranks of one thread; this one as its own does, one of two.
     """
-    rounds = 1 if quick else 3
+    rounds = 1 if quick or case["short"] else 3
+    steps = 1 if case["short"] else 2
     ratios, ours_s, older_s = [], [], []
     for _ in range(rounds):
-        ours = timed_ranks(case, dtype, REPOSITORY, 1, {"token_budget": case["token_budget"]})
-        older = timed_ranks(case, dtype, baseline, 2, {"micro_batch_size": 4})
+        ours = timed_ranks(case, dtype, REPOSITORY, 1, {"token_budget": case["token_budget"]}, steps=steps)
+        older = timed_ranks(case, dtype, baseline, 2, {"micro_batch_size": 4}, steps=steps)
         assert ours["trained_tokens"] == older["trained_tokens"]
         ratios.append(older["seconds"] / ours["seconds"])
         ours_s.append(ours["seconds"])
