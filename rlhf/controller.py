@@ -8,7 +8,7 @@ Synchronous training is `max_staleness: 0`; there is no second loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from rlhf.metrics import merged
 from rlhf.mismatch import without_redundant_fresh
 from rlhf.phases import Phases
 from rlhf.protocols import HeldStep, LearnerGroup, Publisher, RolloutSource, SyncReport, UpdateReport
-from rlhf.samples import ScoredGroup, WeightVersion
+from rlhf.samples import ScoredGroup
 from rlhf.selection import Arrivals
 
 
@@ -51,31 +51,34 @@ class FailedUpdate:
 
 @dataclass(slots=True)
 class Controller:
-    """Drives rollouts, learners and weight sync from one weight version to the next."""
+    """Drives rollouts, learners and weight sync from one weight version to the next.
+
+    `dump` is given the optimiser step that was not finite, before the run stops.
+    """
 
     rollouts: RolloutSource
     learners: LearnerGroup
     publisher: Publisher
     algorithm: OnlineAlgorithm
     ledger: Ledger
-    version: WeightVersion
     correct_at: float
     updates_per_step: int
-    observe: Callable[[StepRecord], None]
     dump: Callable[[FailedUpdate], None]
     phase: Phases = field(default_factory=Phases)
 
-    def run(self, steps: int) -> None:
-        for step in range(steps):
+    def steps(self, count: int) -> Iterator[StepRecord]:
+        """Make `count` steps, one each time the next record is asked for."""
+        for number in range(count):
             self.phase.start_step()
-            self.observe(self.step(step))
+            yield self.step(number)
 
     def step(self, step: int) -> StepRecord:
         """One step: groups in, a new attested weight version out, every group of it closed in the ledger."""
+        version = self.publisher.version
         with self.phase("rollout"):
-            groups = self.rollouts.take(self.version)
+            groups = self.rollouts.take(version)
         with self.phase("annotate"):
-            batch = rollout_batch(groups, self.version, self.correct_at)
+            batch = rollout_batch(groups, version, self.correct_at)
             parts = optimiser_steps(batch, self.updates_per_step)
             held = self.learners.hold(batch, parts)
         with self.phase("advantage"):
@@ -83,8 +86,7 @@ class Controller:
         with self.phase("update"):
             updates = [self._update(held, number, batch, part, advantages) for number, part in enumerate(parts)]
         with self.phase("sync"):
-            sync = self.publisher.publish(self.version + 1)
-        self.version += 1
+            sync = self.publisher.publish()
         for group in groups:
             self.ledger.close(group.group.group_id, "trained", step)
         self.ledger.check()
@@ -130,6 +132,7 @@ def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str
         "optim/grad_norm": _mean([update.grad_norm for update in updates]),
         "optim/learning_rate": updates[-1].learning_rate,
         "sync/s": record.sync.seconds,
+        "sync/pause_s": record.sync.pause_s,
         "sync/bytes": record.sync.size_bytes,
         "sync/probe_max_gap_nats": record.sync.probe_max_gap_nats,
         **{f"time/{name}_s": value for name, value in phases.step.items()},

@@ -20,11 +20,15 @@ from rlhf.selection import Arrivals
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One weight sync that was attested. Gaps are absolute log-prob differences on the probe, in nats."""
+    """One weight sync that was attested. Gaps are absolute log-prob differences on the probe, in nats.
+
+    Of its `seconds`, generation stood still for `pause_s`.
+    """
 
     version: WeightVersion
     size_bytes: int
     seconds: float
+    pause_s: float
     probe_mean_gap_nats: float
     probe_max_gap_nats: float
 
@@ -98,7 +102,9 @@ class LearnerGroup(Protocol):
 class Publisher(Protocol):
     """Brings the learner's weights to every engine; see `WeightPublisher`."""
 
-    def publish(self, version: WeightVersion) -> SyncReport: ...
+    version: WeightVersion
+
+    def publish(self) -> SyncReport: ...
 
 
 class RolloutSource(Protocol):

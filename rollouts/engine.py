@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rlhf.samples import VersionSpan
+from rlhf.weight_sync.transports import PackedTensor
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -31,10 +32,10 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion as tokens. `logprobs` in nats, one for each of `token_ids`; spans cover all of them."""
+    """One completion: `token_ids` int32 [T] and their `logprobs` float32 [T] in nats; spans cover all of them."""
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
     finish_reason: Literal["stop", "length"]
     version_spans: tuple[VersionSpan, ...]
 
@@ -46,6 +47,14 @@ class GenerationEngine(Protocol):
 
     async def prompt_logprobs(self, token_ids: Tokens) -> list[float]:
         """Log-prob in nats of each token given the ones before, at temperature 1; entry 0 is 0."""
+        ...
+
+    async def stage_weights(self, version: int, number: int, tensors: Sequence[PackedTensor]) -> None:
+        """Keep layer group `number` of a coming version; generation goes on."""
+        ...
+
+    async def load_staged_weights(self, version: int) -> None:
+        """Load what was staged as `version`, from start to finish."""
         ...
 
     async def pause(self, clear_kv_cache: bool) -> None: ...

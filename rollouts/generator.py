@@ -58,11 +58,9 @@ class Generator:
         loss_mask[:prompt_tokens] = False
         return Sample(
             sample_id=sample_id,
-            token_ids=np.concatenate([rendered.token_ids, np.asarray(completion.token_ids, np.int32)]),
+            token_ids=np.concatenate([rendered.token_ids, completion.token_ids]),
             loss_mask=loss_mask,
-            rollout_logprobs=np.concatenate(
-                [np.zeros(prompt_tokens, np.float32), np.asarray(completion.logprobs, np.float32)]
-            ),
+            rollout_logprobs=np.concatenate([np.zeros(prompt_tokens, np.float32), completion.logprobs]),
             version_spans=completion.version_spans,
             completion=self._renderer.completion_text(completion.token_ids, rendered.reasoning_mode),
             finish_reason=completion.finish_reason,

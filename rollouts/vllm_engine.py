@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rlhf.config import RunConfig
 from rlhf.samples import VersionSpan
+from rlhf.weight_sync.transports import PackedTensor
 from rollouts.engine import Completion, SamplingRequest, Tokens
 
 
@@ -51,6 +54,7 @@ class VllmEngine:
             top_k=request.top_k or -1,
             stop_token_ids=list(request.stop_token_ids),
             logprobs=0,
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -62,11 +66,15 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final = await self._run(token_ids, params)
-        pairs = zip(token_ids[1:], final.prompt_logprobs[1:], strict=True)
-        return [0.0, *(entry[token].logprob for token, entry in pairs)]
+        return [0.0, *_one_per_token(final.prompt_logprobs, token_ids[1:])]
 
     async def _run(self, token_ids: Tokens, params: Any) -> Any:
         prompt = {"prompt_token_ids": [int(token) for token in token_ids]}
@@ -86,6 +94,15 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def stage_weights(self, version: int, number: int, tensors: Sequence[PackedTensor]) -> None:
+        plain = [(one.name, one.dtype, list(one.shape), memoryview(one.data)) for one in tensors]
+        await self._llm.collective_rpc("stage_weights", args=(version, number, plain))
+
+    async def load_staged_weights(self, version: int) -> None:
+        await self.start_weight_update()
+        await self.update_weights({})
+        await self.finish_weight_update(version)
 
     async def start_weight_update(self) -> None:
         await self._llm.start_weight_update()
@@ -123,10 +140,17 @@ def _version(label: str) -> int:
 def _completion(output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a request with finish_reason {output.finish_reason!r}")
-    token_ids = list(output.token_ids)
-    logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
+    token_ids = np.asarray(output.token_ids, np.int32)
+    logprobs = _one_per_token(output.logprobs, token_ids)
     spans = tuple(VersionSpan(_version(s.version), s.start, s.end) for s in output.weight_versions)
     return Completion(token_ids, logprobs, output.finish_reason, spans)
+
+
+def _one_per_token(flat: Any, token_ids: Tokens) -> np.ndarray:
+    """The log-probs float32 [n] of vLLM's `FlatLogprobs`, which was asked for those of the tokens themselves alone."""
+    if len(flat.token_ids) != len(token_ids) or not np.array_equal(flat.token_ids, token_ids):
+        raise RuntimeError(f"vLLM returned {len(flat.token_ids)} log-probs for {len(token_ids)} tokens")
+    return np.asarray(flat.logprobs, np.float32)
 
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rlhf.reward_failures import RewardFailures
 from rlhf.samples import Prompt, SampleGroup, ScoredGroup
 from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
-from rlhf.weight_sync.transports import receiver_of
+from rlhf.weight_sync.transports import PackedTensor, receiver_of
 from rollouts.generator import Generator, GroupRequest
 from rollouts.rendering import Renderer
 from rollouts.vllm_engine import VllmEngine, engine_settings
@@ -62,6 +62,12 @@ class RolloutWorker:
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         await self._engine.init_weight_transfer(init_info)
+
+    async def stage_weights(self, version: int, number: int, tensors: Sequence[PackedTensor]) -> None:
+        await self._engine.stage_weights(version, number, tensors)
+
+    async def load_staged_weights(self, version: int) -> None:
+        await self._engine.load_staged_weights(version)
 
     async def start_weight_update(self) -> None:
         await self._engine.start_weight_update()

@@ -107,7 +107,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "mismatch/masked_fraction": "share of tokens that the correction silenced",
         "policy/ratio": "`pi_theta / pi_prox`, where the loss has that ratio",
         "policy/kl_nats": "k1 to the reference; only with `kl.coefficient` > 0",
-        "sync/s": "seconds to publish the new weights; `sync/bytes` their size",
+        "sync/s": "seconds to publish new weights, of which `sync/pause_s` without generation; `sync/bytes` their size",
         "sync/probe_max_gap_nats": "largest log-prob gap of learner and engines on the probe",
         "ledger/<state>": "groups in each state since the start of the stage",
     },

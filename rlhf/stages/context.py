@@ -85,7 +85,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Context:
-    """One run as its stages see it. `policy` is where the current weights are, `version` their number.
+    """One run as its stages see it. `policy` is where the current weights are.
 
     Of each collect stage so far `collected` has the Parquet file, `records` what it picked itself.
     """
@@ -96,7 +96,6 @@ class Context:
     parts: Parts
     tracker: Tracker
     console: RunConsole
-    version: int = 0
     collected: dict[str, Path] = field(default_factory=dict)
     records: dict[str, list[Selected]] = field(default_factory=dict)
 
@@ -112,8 +111,7 @@ class Context:
     def publish(self) -> None:
         """The engines hold the learners' weights."""
         with self.phases()("sync"):
-            self.parts.publisher.publish(self.version + 1)
-        self.version += 1
+            self.parts.publisher.publish()
 
     def phases(self) -> Phases:
         return Phases(self.parts.turns)

@@ -29,16 +29,13 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
         publisher=context.parts.publisher,
         algorithm=algorithm,
         ledger=ledger,
-        version=context.version,
         correct_at=context.config.rewards.correct_at,
         updates_per_step=stage.updates_per_step,
-        observe=lambda record: None,
         dump=lambda failed: torch.save(failed, context.run_dir / "non_finite_batch.pt"),
         phase=context.phases(),
     )
     with context.console.stage(name, stage.steps) as progress:
-
-        def observe(record: StepRecord) -> None:
+        for record in controller.steps(stage.steps):
             metrics = {**step_metrics(record, ledger, controller.phase), **context.parts.reward_metrics()}
             metrics |= scheduled_weights(context.config.rewards, record)
             totals.add(record, metrics)
@@ -46,10 +43,6 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
             progress.advance(record.step + 1, metrics, controller.phase.step)
             _log_samples(context, name, record)
             _evaluate_during(context, name, stage, record.step + 1)
-
-        controller.observe = observe
-        controller.run(stage.steps)
-    context.version = controller.version
     figures = totals.summary(stage.steps, controller.rollouts.sampled_tokens, ledger, controller.phase)
     ledger.shutdown()
     return Outcome(stage.steps, totals.trained_tokens, {"rl": figures})

@@ -112,19 +112,19 @@ class RankSender:
         self.source = ZeroWeightSource(engine, with_digests=number == 0)
         self.transport = open_transport(client, self.source, number, config)
 
-    def send_weights(self, version: int) -> int:
-        """Push the weights to every engine as `version`. Returns the bytes of one copy."""
+    def prepare_weights(self, version: int) -> int:
+        """Do what of the sync of `version` engines need not wait for. Returns the bytes of one copy."""
         self._client.version = version
-        # A transport that sends something else than a fresh read of the weights must not pass for one that did.
-        self.source.digests = {}
+        self.transport.prepare()
+        return self.source.size_bytes
+
+    def send_weights(self) -> None:
+        """Push the prepared weights to every engine."""
         self.transport.send_weights()
-        sizes = (meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in self.source.metadata())
-        return sum(sizes)
 
     def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
         """The digests of what was last sent and the log-probs of `probe` (temperature 1)."""
-        values = probe_logprobs(self._engine, probe)
-        return Evidence(version, [dict(self.source.digests)], values)
+        return Evidence(version, [dict(self.transport.digests)], probe_logprobs(self._engine, probe))
 
 
 @torch.no_grad()

@@ -84,8 +84,11 @@ class LearnerWorker:
     def save_policy(self, directory: Path) -> None:
         self._loaded.save_policy(directory)
 
-    def send_weights(self, version: int) -> int:
-        return self._sender.send_weights(version)
+    def prepare_weights(self, version: int) -> int:
+        return self._sender.prepare_weights(version)
+
+    def send_weights(self) -> None:
+        self._sender.send_weights()
 
     def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
         return self._sender.evidence(version, probe)
@@ -171,9 +174,13 @@ class RayLearnerGroup:
         deadline = self._config.training.collective_deadline_s * (self._layers + 2)
         self._all("learner save_policy", lambda worker: worker.save_policy.remote(directory), deadline)
 
-    def send_weights(self, version: int) -> int:
+    def prepare_weights(self, version: int) -> int:
         deadline = self._config.weight_sync.deadline_s
-        return self._all("weight sync", lambda worker: worker.send_weights.remote(version), deadline)[0]
+        return self._all("weight sync: prepare", lambda worker: worker.prepare_weights.remote(version), deadline)[0]
+
+    def send_weights(self) -> None:
+        deadline = self._config.weight_sync.deadline_s
+        self._all("weight sync", lambda worker: worker.send_weights.remote(), deadline)
 
     def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
         return self._all("learner evidence", lambda worker: worker.evidence.remote(version, probe))[0]

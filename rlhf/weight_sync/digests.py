@@ -1,8 +1,10 @@
-"""A checksum of a tensor's bits that runs where the tensor lives."""
+"""Checksums of tensors, computed where the tensors live."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 _CHUNK = 1 << 22
@@ -10,19 +12,54 @@ _CHUNK = 1 << 22
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """Digest of dtype, shape and every bit of `tensor`, equal on any device.
+class Digests:
+    """Digest by name of every tensor that was added: of its dtype, its shape and all its bits.
 
-    A sum modulo 2^64 of element bits times odd, position-dependent multipliers. Odd numbers are invertible, so a change
-    of any single element (up to four bytes wide) always changes the digest; the positions make swaps show. Not meant
-    against an adversary.
+    XXH3 of the bytes in host memory. On a GPU, which would have to send them there first, a sum over the elements that
+    is read when the digests are asked for, so that adding a tensor does not wait for the device. Both ends of a
+    transport must add tensors on the same kind of device. Not meant against an adversary.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, str | Tensor]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        value = device_sum(tensor) if tensor.is_cuda else xxhash.xxh3_64_hexdigest(tensor_bytes(tensor))
+        self._found[name] = (_kind(tensor), value)
+
+    def copy_from(self, other: Digests, name: str) -> None:
+        """Take over a digest that was computed before."""
+        self._found[name] = other._found[name]
+
+    def read(self) -> dict[str, str]:
+        """The digests in the order in which tensors were added."""
+        return {name: f"{kind}:{_text(value)}" for name, (kind, value) in self._found.items()}
+
+
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor in host memory, uint8 [n]: without a copy where it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def device_sum(tensor: Tensor) -> Tensor:
+    """A sum modulo 2^64 of the bits of every element times odd, position-dependent multipliers, int64 [].
+
+    Odd numbers are invertible, so a change of any single element (up to four bytes wide) always changes the sum; the
+    positions make swaps show.
     """
     flat = tensor.detach().contiguous().view(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK].to(torch.int64)
         position = torch.arange(start, start + chunk.numel(), device=chunk.device, dtype=torch.int64)
         multiplier = (position * 0x9E3779B97F4A7C1) | 1
-        total += int((chunk * (multiplier ^ (multiplier >> 31) | 1)).sum())
-    shape = "x".join(map(str, tensor.shape))
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{total % 2**64:016x}"
+        total += (chunk * (multiplier ^ (multiplier >> 31) | 1)).sum()
+    return total
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{'x'.join(map(str, tensor.shape))}]"
+
+
+def _text(value: str | Tensor) -> str:
+    return value if isinstance(value, str) else f"{int(value) % 2**64:016x}"

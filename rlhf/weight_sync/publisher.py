@@ -1,4 +1,4 @@
-"""One weight sync: pause, send, resume, attest. A version counts only when this returns."""
+"""One weight sync: prepare while engines generate, pause, load, resume, attest. It counts only when this returns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rlhf.protocols import SyncReport
+from rlhf.samples import WeightVersion
 from rlhf.weight_sync.attestation import Evidence, attest
 
 Probe = Sequence[Sequence[int]]
@@ -15,8 +16,12 @@ Probe = Sequence[Sequence[int]]
 class WeightSender(Protocol):
     """The learner's side."""
 
-    def send_weights(self, version: int) -> int:
-        """Send all weights to all engines as `version`; returns the bytes sent to each."""
+    def prepare_weights(self, version: int) -> int:
+        """Do all of a sync that engines need not wait for; returns the bytes sent to each."""
+        ...
+
+    def send_weights(self) -> None:
+        """Every engine holds all prepared weights, when this returns."""
         ...
 
     def evidence(self, version: int, probe: Probe) -> Evidence: ...
@@ -33,7 +38,10 @@ class WeightReceivers(Protocol):
 
 
 class WeightPublisher:
-    """Brings the learner's weights to every engine and proves it on a fixed probe of token sequences."""
+    """Brings the learner's weights to every engine and proves it on a fixed probe of token sequences.
+
+    `version` is that of the weights which all engines have been shown to hold; nothing else counts it.
+    """
 
     def __init__(
         self, sender: WeightSender, receivers: WeightReceivers, probe: Probe, limits: tuple[float, float]
@@ -43,17 +51,24 @@ class WeightPublisher:
         self._receivers = receivers
         self._probe = probe
         self._limits = limits
+        self.version: WeightVersion = 0
 
-    def publish(self, version: int) -> SyncReport:
-        """Raises AttestationError when an engine does not show the learner's weights.
+    def publish(self) -> SyncReport:
+        """Make the learner's weights the next version.
 
-        Requests in flight wait while weights change and go on afterwards. The probe needs a running scheduler, so it
-        comes after the resume; nothing sampled since then is used unless the attestation passes.
+        Raises AttestationError when an engine does not show them. Requests in flight wait while weights change and go
+        on afterwards. The probe needs a running scheduler, so it comes after the resume; nothing sampled since then is
+        used unless the attestation passes.
         """
-        started = time.monotonic()
+        version, started = self.version + 1, time.monotonic()
+        size_bytes = self._sender.prepare_weights(version)
+        paused = time.monotonic()
         self._receivers.pause()
-        size_bytes = self._sender.send_weights(version)
+        self._sender.send_weights()
         self._receivers.resume()
+        resumed = time.monotonic()
         learner = self._sender.evidence(version, self._probe)
         mean_gap, max_gap = attest(learner, self._receivers.evidence(self._probe), self._limits)
-        return SyncReport(version, size_bytes, time.monotonic() - started, mean_gap, max_gap)
+        self.version = version
+        seconds = time.monotonic() - started
+        return SyncReport(version, size_bytes, seconds, resumed - paused, mean_gap, max_gap)

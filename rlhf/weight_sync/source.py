@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf.weight_sync.digests import tensor_digest
+from rlhf.weight_sync.digests import Digests
 
 
 class ParameterMeta(NamedTuple):
@@ -18,6 +20,10 @@ class ParameterMeta(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class FullParameters(Protocol):
@@ -35,42 +41,51 @@ class ZeroWeightSource:
     """vLLM's `WeightSource` contract over DeepSpeed ZeRO 1, 2 and 3.
 
     `metadata()` describes every tensor without gathering; iteration yields `(name, tensor)` in the same order. All
-    ranks must iterate in step: gathering is a collective. Tensors are copies, valid after the next one is drawn, and
-    at most one layer group is gathered at a time. Each pass leaves the digests of what it yielded in `digests`, on the
-    ranks that are asked for them.
+    ranks must iterate in step, because gathering is a collective, and at most one layer group is gathered at a time.
+    Each pass over the tensors leaves the digests of what it yielded, on the ranks that are asked for them.
     """
 
     def __init__(self, parameters: FullParameters, *, with_digests: bool = True) -> None:
         self._parameters = parameters
         self._with_digests = with_digests
         self._groups = layer_groups(parameters.state_names)
-        self.digests: dict[str, str] = {}
+        self._digests = Digests()
 
-    def rebind(self, parameters: FullParameters) -> None:
-        """Read from another engine of the same model from now on: each stage has its own optimiser and engine."""
-        if list(parameters.state_names) != list(self._parameters.state_names):
-            raise ValueError("the new engine has other tensors than the one the transport was opened for")
-        self._parameters = parameters
-
-    def metadata(self) -> list[ParameterMeta]:
+    @cached_property
+    def _metadata(self) -> list[ParameterMeta]:
         names = [name for group in self._groups for name in group]
         return [ParameterMeta(name, *self._parameters.full_shape(name)) for name in names]
 
+    def metadata(self) -> list[ParameterMeta]:
+        """Every tensor, in the order of iteration."""
+        return self._metadata
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one copy of the weights."""
+        return sum(meta.size_bytes for meta in self._metadata)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what the last pass over the tensors has yielded; empty before the first."""
+        return self._digests.read()
+
     def iter_groups(self) -> Iterator[dict[str, Tensor]]:
-        """One dict of whole tensors for each layer group."""
-        self.digests = {}
+        """One dict of whole tensors for each layer group, lent until the next one is drawn."""
         for names in self._groups:
             with self._parameters.full_parameters(names) as tensors:
-                # The gathered storage is given back when the context closes, a transport may still be sending.
-                group = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
-            if self._with_digests:
-                self.digests |= {name: tensor_digest(tensor) for name, tensor in group.items()}
-            yield group
-            del group  # or it would live on while the next one is gathered
+                yield {name: tensors[name] for name in names}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self.iter_groups():
-            yield from group.items()
+        """Copies, because a transport may still be sending when the gathered storage is given back."""
+        self._digests = Digests()
+        for names in self._groups:
+            with self._parameters.full_parameters(names) as tensors:
+                copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
+            for name, tensor in copies.items():
+                if self._with_digests:
+                    self._digests.add(name, tensor)
+                yield name, tensor
 
 
 def layer_groups(names: Sequence[str]) -> list[list[str]]:

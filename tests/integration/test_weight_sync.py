@@ -50,14 +50,14 @@ class InProcessEngine:
     def init_weight_transfer_engine(self, init_info):
         self.do(self.engine.init_weight_transfer(init_info))
 
-    def start_weight_update(self):
-        self.do(self.engine.start_weight_update())
+    def stage_weights(self, number, tensors):
+        self.do(self.engine.stage_weights(self.version, number, tensors))
 
-    def update_weights(self, update_info):
-        self.do(self.engine.update_weights(update_info))
+    def wait_until_staged(self):
+        pass
 
-    def finish_weight_update(self, weight_version=None):
-        self.do(self.engine.finish_weight_update(self.version))
+    def load_staged_weights(self):
+        self.do(self.engine.load_staged_weights(self.version))
 
     def pause(self):
         self.do(self.engine.pause(True))
@@ -85,7 +85,11 @@ class Stack:
         self.algorithm = build("sft", {})
         optimizer = self.config.stages["sft"].optimizer
         self.stage = self.rank.begin_stage(StageSetup(model, optimizer, 100, AlgorithmConfig(name="sft")))
-        self.version = 0
+        self.publisher = WeightPublisher(self.sender, self.client, PROBE, self.config.attestation_limits)
+
+    @property
+    def version(self) -> int:
+        return self.publisher.version
 
     def train(self) -> None:
         """One large optimiser step, so that old and new weights cannot be mistaken for one another."""
@@ -97,9 +101,7 @@ class Stack:
     def publish(self, transport=None):
         if transport is not None:
             self.sender.transport = transport(self.client, self.sender.source, 0, self.config)
-        self.version += 1
-        publisher = WeightPublisher(self.sender, self.client, PROBE, self.config.attestation_limits)
-        return publisher.publish(self.version)
+        return self.publisher.publish()
 
     def honest(self):
         return self.publish(open_transport)
@@ -129,22 +131,25 @@ def stack(request, tmp_path_factory):
 
 
 class SkipsOneTensor(RayTransport):
-    def send_group(self, group):
-        super().send_group({k: v for k, v in group.items() if k != "model.layers.1.mlp.down_proj.weight"})
+    def packed(self, tensors):
+        return super().packed({k: v for k, v in tensors.items() if k != "model.layers.1.mlp.down_proj.weight"})
 
 
 class AltersOneElement(RayTransport):
-    def send_group(self, group):
-        if "model.layers.2.self_attn.o_proj.weight" in group:
-            group["model.layers.2.self_attn.o_proj.weight"][3, 5] += 1e-3
-        super().send_group(group)
+    def packed(self, tensors):
+        name = "model.layers.2.self_attn.o_proj.weight"
+        if name in tensors:
+            altered = tensors[name].clone()
+            altered[3, 5] += 1e-3
+            tensors = {**tensors, name: altered}
+        return super().packed(tensors)
 
 
 class SendsAnOldVersion(RayTransport):
     old: ClassVar[dict[str, torch.Tensor]] = {}
 
-    def send_group(self, group):
-        super().send_group({name: self.old[name] for name in group})
+    def packed(self, tensors):
+        return super().packed({name: self.old[name] for name in tensors})
 
 
 def test_every_honest_sync_is_committed_and_agrees_to_float_precision(stack):
@@ -161,7 +166,7 @@ def test_sampled_logprobs_agree_with_the_learner_after_a_sync(stack):
     stack.honest()
     request = SamplingRequest(samples=8, max_tokens=40, temperature=1.0, stop_token_ids=())
     completions = stack.client.do(stack.client.engine.generate(PROBE[0], request))
-    sequences = [PROBE[0] + completion.token_ids for completion in completions]
+    sequences = [PROBE[0] + completion.token_ids.tolist() for completion in completions]
     learner = stack.sender.evidence(stack.version, sequences).probe_logprobs
     gaps = [
         abs(a - b)
@@ -172,6 +177,21 @@ def test_sampled_logprobs_agree_with_the_learner_after_a_sync(stack):
     assert sum(gaps) / len(gaps) < 1e-5
     assert max(gaps) < 1e-3
     assert {span.version for c in completions for span in c.version_spans} == {stack.version}
+
+
+def test_generation_goes_on_while_weights_are_staged_and_pauses_only_to_load_them(stack):
+    """Old weights sample until the pause: what was staged for the next version is in no one's way."""
+    stack.train()
+    stack.honest()
+    stack.train()
+    before = stack.version
+    stack.sender.prepare_weights(before + 1)
+    request = SamplingRequest(samples=2, max_tokens=8, temperature=1.0, stop_token_ids=())
+    completions = stack.client.do(stack.client.engine.generate(PROBE[0], request))
+    assert {span.version for c in completions for span in c.version_spans} == {before}
+    report = stack.honest()
+    assert (report.version, report.probe_mean_gap_nats < 1e-5) == (before + 1, True)
+    assert 0 < report.pause_s < report.seconds
 
 
 def test_a_skipped_tensor_is_named(stack):

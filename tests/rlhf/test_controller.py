@@ -50,6 +50,7 @@ class World:
     """Rollout source, learners and publisher in one; notes what it is asked in `calls`."""
 
     sampled_tokens = 0
+    version = 3
 
     def __init__(self, ledger: Ledger, make_scored: MakeScored, groups: int = 4) -> None:
         self.ledger, self.make_scored, self.groups = ledger, make_scored, groups
@@ -78,9 +79,10 @@ class World:
         self.calls.append("hold")
         return Held(self, batch, parts)
 
-    def publish(self, version: int) -> SyncReport:
-        self.calls.append(("publish", version))
-        return SyncReport(version, 100, 0.5, 1e-6, 1e-5)
+    def publish(self) -> SyncReport:
+        self.version += 1
+        self.calls.append(("publish", self.version))
+        return SyncReport(self.version, 100, 0.5, 0.25, 1e-6, 1e-5)
 
 
 class Held:
@@ -122,10 +124,8 @@ def controller(
         publisher=world,
         algorithm=algorithm or GrpoIcePop(),
         ledger=world.ledger,
-        version=3,
         correct_at=1.0,
         updates_per_step=updates_per_step,
-        observe=lambda record: world.calls.append(("observe", record.step)),
         dump=(dumped if dumped is not None else []).append,
     )
 
@@ -135,14 +135,15 @@ def test_a_step_takes_holds_updates_publishes_and_only_then_is_observed(
 ) -> None:
     world = World(ledger, make_scored)
     loop = controller(world)
-    loop.run(2)
-    first = [("take", 3), "hold", "update", ("publish", 4), ("observe", 0)]
-    assert world.calls == [*first, ("take", 4), "hold", "update", ("publish", 5), ("observe", 1)]
-    assert loop.version == 5
+    for record in loop.steps(2):
+        world.calls.append(("observed", record.step))
+    first = [("take", 3), "hold", "update", ("publish", 4), ("observed", 0)]
+    assert world.calls == [*first, ("take", 4), "hold", "update", ("publish", 5), ("observed", 1)]
+    assert world.version == 5
 
 
 def test_every_group_of_a_step_is_closed_as_trained_in_that_step(ledger: Ledger, make_scored: MakeScored) -> None:
-    controller(World(ledger, make_scored)).run(2)
+    list(controller(World(ledger, make_scored)).steps(2))
     counts = ledger.counts()
     assert (counts["dispatched"], counts["trained"], counts["in_flight"]) == (8, 8, 0)
     closing = [event for event in ledger.history("v4-g2") if event.event == "trained"]
@@ -151,7 +152,7 @@ def test_every_group_of_a_step_is_closed_as_trained_in_that_step(ledger: Ledger,
 
 def test_the_learners_hold_a_step_once_however_many_updates_it_has(ledger: Ledger, make_scored: MakeScored) -> None:
     world = World(ledger, make_scored)
-    controller(world, 3).run(1)
+    list(controller(world, 3).steps(1))
     assert world.calls[:5] == [("take", 3), "hold", "update", "update", "update"]
     assert all(update.batch is world.updates[0].batch for update in world.updates)
 
@@ -172,13 +173,13 @@ def test_a_kl_that_is_not_in_the_reward_changes_no_advantage(ledger: Ledger, mak
     other = World(ledger, make_scored)
     other.kl_nats = torch.linspace(-1.0, 2.0, 12)
     loop = controller(other, algorithm=Agapo())
-    loop.version = 4
+    other.version = 4
     assert torch.equal(loop.step(1).advantages, plain)
 
 
 def test_every_part_of_the_loop_is_a_timed_phase(ledger: Ledger, make_scored: MakeScored) -> None:
     loop = controller(World(ledger, make_scored))
-    loop.run(1)
+    list(loop.steps(1))
     assert list(loop.phase.step) == PHASES
     assert all(seconds >= 0 for seconds in loop.phase.step.values())
 
@@ -227,7 +228,7 @@ def test_the_update_that_broke_is_dumped_and_nothing_is_published(ledger: Ledger
     dumped: list[FailedUpdate] = []
     world.broken = True
     with pytest.raises(NonFiniteError) as caught:
-        controller(world, 2, dumped).run(1)
+        list(controller(world, 2, dumped).steps(1))
     (failed,), (asked,) = dumped, world.updates
     assert failed.batch is asked.batch
     assert failed.part.tolist() == asked.part.tolist() == [0, 1, 2, 3, 4, 5]

@@ -26,11 +26,14 @@ class Both:
     def resume(self) -> None:
         self.calls.append("resume")
 
-    def send_weights(self, version: int) -> int:
-        self.calls.append(("send", version))
+    def prepare_weights(self, version: int) -> int:
+        self.calls.append(("prepare", version))
+        return 1234
+
+    def send_weights(self) -> None:
+        self.calls.append("send")
         if self.fail:
             raise ConnectionError("engine gone")
-        return 1234
 
 
 class Learner(Both):
@@ -50,41 +53,48 @@ class Receivers:
 
 
 def publisher(learner: Learner) -> WeightPublisher:
-    return WeightPublisher(learner, Receivers(learner), PROBE, (1e-3, 1e-2))
+    publisher = WeightPublisher(learner, Receivers(learner), PROBE, (1e-3, 1e-2))
+    publisher.version = 4
+    return publisher
 
 
-def test_a_sync_pauses_sends_resumes_and_then_attests() -> None:
+def test_a_sync_prepares_before_it_pauses_sends_resumes_and_then_attests() -> None:
     learner = Learner()
-    report = publisher(learner).publish(5)
+    sync = publisher(learner)
+    report = sync.publish()
     assert learner.calls == [
+        ("prepare", 5),
         "pause",
-        ("send", 5),
+        "send",
         "resume",
         ("learner evidence", 5, PROBE),
         ("engine evidence", PROBE),
     ]
     assert (report.version, report.size_bytes, report.probe_max_gap_nats) == (5, 1234, 0.0)
-    assert 0 <= report.seconds < 5
+    assert 0 <= report.pause_s <= report.seconds < 5
+    assert sync.version == 5
 
 
 def test_the_report_has_the_gap_of_the_worst_engine() -> None:
     learner = Learner()
     learner.engines = [learner.learner, replace(learner.learner, probe_logprobs=[[0.0, -1.0, -2.0015]])]
-    report = publisher(learner).publish(5)
+    report = publisher(learner).publish()
     assert report.probe_max_gap_nats == pytest.approx(0.0015)
     assert report.probe_mean_gap_nats == pytest.approx(0.0005)
 
 
-def test_a_version_that_an_engine_does_not_hold_is_not_reported_as_committed() -> None:
+def test_a_version_that_an_engine_does_not_hold_is_not_committed() -> None:
     learner = Learner()
     learner.engines = [learner.learner, replace(learner.learner, version=4)]
+    sync = publisher(learner)
     with pytest.raises(AttestationError, match="engine 1: reports weight version 4, the learner published 5"):
-        publisher(learner).publish(5)
+        sync.publish()
+    assert sync.version == 4
 
 
 def test_a_transport_that_fails_leaves_the_engines_paused_so_that_none_serves_half_an_update() -> None:
     learner = Learner()
     learner.fail = True
     with pytest.raises(ConnectionError, match="engine gone"):
-        publisher(learner).publish(5)
-    assert learner.calls == ["pause", ("send", 5)]
+        publisher(learner).publish()
+    assert learner.calls == [("prepare", 5), "pause", "send"]

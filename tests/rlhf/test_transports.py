@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from rlhf.errors import ConfigError
-from rlhf.weight_sync.transports import RayTransport, free_port, open_transport, receiver_of
+from rlhf.weight_sync.digests import Digests
+from rlhf.weight_sync.transports import PackedTensor, RayTransport, free_port, open_transport, receiver_of
 
 GROUPS = [
     {"model.embed": torch.arange(6.0).view(2, 3)},
@@ -20,21 +20,23 @@ GROUPS = [
 
 
 class Client:
+    version = 3
+    address = "10.0.0.1"
+
     def __init__(self) -> None:
-        self.version = 0
-        self.calls: list[tuple[str, Any]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.calls.append(("init", init_info))
 
-    def start_weight_update(self) -> None:
-        self.calls.append(("start", None))
+    def stage_weights(self, number: int, tensors: Sequence[PackedTensor]) -> None:
+        self.calls.append(("stage", number, tensors))
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.calls.append(("update", update_info))
+    def wait_until_staged(self) -> None:
+        self.calls.append(("staged",))
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.calls.append(("finish", weight_version))
+    def load_staged_weights(self) -> None:
+        self.calls.append(("load",))
 
 
 class Source:
@@ -56,44 +58,47 @@ def opened(rank: int) -> tuple[RayTransport, Client, Source]:
     return RayTransport(client, source, rank, config("ray")), client, source  # type: ignore[arg-type]
 
 
-def test_the_sender_drives_init_start_update_and_finish_in_order() -> None:
+def test_everything_but_the_loading_is_prepared() -> None:
     transport, client, _ = opened(rank=0)
-    assert [name for name, _ in client.calls] == ["init"]
-    transport.send_weights()
-    transport.send_weights()
-    assert [name for name, _ in client.calls] == ["init", *["start", "update", "update", "finish"] * 2]
+    assert [name for name, *_ in client.calls] == ["init"]
+    for _ in range(2):
+        client.calls.clear()
+        transport.prepare()
+        assert [name for name, *_ in client.calls] == ["stage", "stage", "staged"]
+        client.calls.clear()
+        transport.send_weights()
+        assert client.calls == [("load",)]
 
 
 def test_a_message_is_one_layer_group_with_every_bit_and_its_order() -> None:
     transport, client, _ = opened(rank=0)
-    transport.send_weights()
-    updates = [info for name, info in client.calls if name == "update"]
-    assert [info["names"] for info in updates] == [list(group) for group in GROUPS]
-    for info, group in zip(updates, GROUPS, strict=True):
-        received = safetensors.torch.load(info["payload"])
-        assert received.keys() == group.keys()
-        for name, tensor in group.items():
-            assert received[name].dtype == tensor.dtype
-            assert torch.equal(received[name], tensor)
+    transport.prepare()
+    staged = [call for call in client.calls if call[0] == "stage"]
+    assert [number for _, number, _ in staged] == [0, 1]
+    for (_, _, tensors), group in zip(staged, GROUPS, strict=True):
+        assert [one.name for one in tensors] == list(group)
+        for one, tensor in zip(tensors, group.values(), strict=True):
+            received = torch.from_numpy(one.data).view(getattr(torch, one.dtype)).view(one.shape)
+            assert torch.equal(received, tensor)
+
+
+def test_the_digests_are_those_of_what_was_prepared_last() -> None:
+    transport, _, _ = opened(rank=0)
+    assert transport.digests == {}
+    expected = Digests()
+    for name, tensor in (item for group in GROUPS for item in group.items()):
+        expected.add(name, tensor)
+    for _ in range(2):
+        transport.prepare()
+        assert transport.digests == expected.read()
 
 
 def test_other_ranks_read_the_source_because_that_is_collective_and_say_nothing() -> None:
     transport, client, source = opened(rank=1)
+    transport.prepare()
     transport.send_weights()
     assert source.read == 2
     assert client.calls == []
-
-
-def test_a_failed_update_does_not_announce_a_version() -> None:
-    transport, client, _ = opened(rank=0)
-
-    def lost(info: dict[str, Any]) -> None:
-        raise ConnectionError("engine gone")
-
-    client.update_weights = lost  # type: ignore[method-assign]
-    with pytest.raises(ConnectionError):
-        transport.send_weights()
-    assert [name for name, _ in client.calls] == ["init", "start"]
 
 
 def test_the_configured_transport_is_opened() -> None:

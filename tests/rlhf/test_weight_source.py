@@ -3,13 +3,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.weight_sync.digests import tensor_digest
+from rlhf.weight_sync.digests import Digests
 from rlhf.weight_sync.source import ZeroWeightSource, layer_groups
 
 NAMES = [
@@ -94,34 +93,38 @@ def test_metadata_is_read_without_gathering() -> None:
     assert engine.gathered == []
 
 
+def test_the_bytes_of_a_copy_are_known_from_the_metadata() -> None:
+    assert ZeroWeightSource(Engine()).size_bytes == len(NAMES) * 2 * 3 * 4
+
+
 def test_tensors_outlive_the_gathered_storage() -> None:
     engine = Engine()
-    groups = list(ZeroWeightSource(engine).iter_groups())
-    assert all(torch.equal(tensor, engine.tensors[name]) for group in groups for name, tensor in group.items())
+    items = list(ZeroWeightSource(engine))
+    assert all(torch.equal(tensor, engine.tensors[name]) for name, tensor in items)
+
+
+def test_groups_are_lent_until_the_next_one_is_drawn() -> None:
+    engine = Engine()
+    for group in ZeroWeightSource(engine).iter_groups():
+        assert engine.open == 1
+        assert all(torch.equal(tensor, engine.tensors[name]) for name, tensor in group.items())
+    assert engine.open == 0
 
 
 def test_a_pass_leaves_the_digests_of_what_it_yielded() -> None:
     engine = Engine()
     source = ZeroWeightSource(engine)
     assert source.digests == {}
-    for _ in source:
-        pass
-    assert source.digests == {name: tensor_digest(tensor) for name, tensor in engine.tensors.items()}
+    expected = Digests()
+    for name, tensor in engine.tensors.items():
+        expected.add(name, tensor)
+    for _ in range(2):
+        list(source)
+        assert source.digests == expected.read()
 
 
 def test_a_pass_that_is_broken_off_leaves_no_digests_of_the_pass_before() -> None:
     source = ZeroWeightSource(Engine())
     list(source)
-    next(source.iter_groups())
+    next(iter(source))
     assert list(source.digests) == NAMES[:1]
-
-
-def test_after_rebinding_the_weights_of_the_new_engine_are_sent() -> None:
-    source, other = ZeroWeightSource(Engine()), Engine(seed=1)
-    source.rebind(other)
-    assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in source)
-
-
-def test_an_engine_with_other_tensors_cannot_be_bound() -> None:
-    with pytest.raises(ValueError, match="other tensors than the one the transport was opened for"):
-        ZeroWeightSource(Engine()).rebind(Engine(NAMES[:-1]))

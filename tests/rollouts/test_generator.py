@@ -13,9 +13,17 @@ from rollouts.generator import Generator, GroupRequest
 
 PROMPT = Prompt("p", ({"role": "user", "content": "1+1=?"},), "2", "math")
 SPANS = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2))
+
+
+def completion(
+    token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: Any, spans: tuple[VersionSpan, ...]
+) -> Completion:
+    return Completion(np.array(token_ids, np.int32), np.array(logprobs, np.float32), finish_reason, spans)
+
+
 COMPLETIONS = [
-    Completion([7, 2], [-0.5, -0.25], "stop", SPANS),
-    Completion([5, 5, 5], [-1.0, -2.0, -3.0], "length", (VersionSpan(3, 0, 3),)),
+    completion([7, 2], [-0.5, -0.25], "stop", SPANS),
+    completion([5, 5, 5], [-1.0, -2.0, -3.0], "length", (VersionSpan(3, 0, 3),)),
 ]
 
 
@@ -84,14 +92,14 @@ def test_the_engine_is_asked_for_what_the_request_says() -> None:
 
 
 def test_an_empty_completion_is_a_sample_without_trained_tokens() -> None:
-    [sample] = generate(Engine([Completion([], [], "stop", ())]), samples=1).samples
+    [sample] = generate(Engine([completion([], [], "stop", ())]), samples=1).samples
     assert sample.completion_tokens == 0
     assert sample.token_ids.tolist() == [11, 12, 13]
 
 
 def test_an_engine_that_loses_a_log_prob_is_refused() -> None:
     with pytest.raises(ValueError, match="rollout_logprobs has shape"):
-        generate(Engine([Completion([7, 2], [-0.5], "stop", SPANS)]))
+        generate(Engine([completion([7, 2], [-0.5], "stop", SPANS)]))
 
 
 def test_requests_run_side_by_side() -> None:
