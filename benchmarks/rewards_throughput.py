@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.math_accuracy import Pair, latex_pairs
-from rewards.cli.rows import Row, read_rows, sample_group
+from rewards.cli.rows import Row, read_rows, text_group
 from rewards.cli.service import RowService
 from rewards.code import Tier, grade, parse, self_test
 from rewards.code.launch import bubblewrap, interpreter
@@ -35,7 +35,7 @@ from rewards.processes import Call, ProcessPool
 from rewards.registry import RewardInput
 from rewards.scorer import Scorer
 from rlhf.config import RewardsConfig
-from rlhf.samples import SampleGroup, ScoredGroup
+from rlhf.samples import Scores, TextGroup
 
 OUTPUT = Path(__file__).parent / "results" / "rewards_throughput.json"
 MEMORY_LIMIT_BYTES = 2 << 30
@@ -168,7 +168,7 @@ def config(processes: int = 1) -> RewardsConfig:
     return RewardsConfig.model_validate({"components": components, "processes": processes})
 
 
-def group(number: int, size: int, gold: str = "42") -> SampleGroup:
+def group(number: int, size: int, gold: str = "42") -> TextGroup:
     """`size` samples of one prompt, half of them right; their texts differ."""
     rows = [
         Row(
@@ -180,13 +180,13 @@ def group(number: int, size: int, gold: str = "42") -> SampleGroup:
         )
         for n in range(size)
     ]
-    return sample_group(rows, "math")
+    return text_group(rows, "math")
 
 
 # --- heartbeat --------------------------------------------------------------------------------------------------------
 
 
-async def longest_gap(score: Callable[[SampleGroup], Awaitable[Any]], groups: Sequence[SampleGroup]) -> float:
+async def longest_gap(score: Callable[[TextGroup], Awaitable[Any]], groups: Sequence[TextGroup]) -> float:
     """The longest time (s) between two turns of the loop beyond the pause asked for, while all groups are scored."""
     gaps, stop, places = [0.0], asyncio.Event(), asyncio.Semaphore(IN_FLIGHT)
     await score(groups[0])  # the first call makes connections
@@ -199,7 +199,7 @@ async def longest_gap(score: Callable[[SampleGroup], Awaitable[Any]], groups: Se
             gaps.append(now - last - HEARTBEAT_S)
             last = now
 
-    async def in_turn(one: SampleGroup) -> None:
+    async def in_turn(one: TextGroup) -> None:
         async with places:
             await score(one)
 
@@ -230,7 +230,7 @@ def heartbeat(with_ray: bool) -> dict[str, Any]:
     return result
 
 
-def _ray_gap(groups: Sequence[SampleGroup]) -> float:
+def _ray_gap(groups: Sequence[TextGroup]) -> float:
     import ray
 
     from rewards.worker import spawn
@@ -240,8 +240,8 @@ def _ray_gap(groups: Sequence[SampleGroup]) -> float:
         (worker,) = spawn(config(), 1, {"num_cpus": 0})
         ray.get(worker.ping.remote(), timeout=120)
 
-        async def score(one: SampleGroup) -> ScoredGroup:
-            scored: ScoredGroup = await worker.score.remote(one)
+        async def score(one: TextGroup) -> Scores:
+            scored: Scores = await worker.score.remote(one)
             return scored
 
         return asyncio.run(longest_gap(score, groups))

@@ -1,4 +1,4 @@
-"""SampleGroup -> ScoredGroup: which rewards run on a sample, how their values add up, and what a failure becomes.
+"""TextGroup -> Scores: which rewards run on a sample, how their values add up, and what a failure becomes.
 
 A sample's outcome is its value (the weighted sum of its components), an abstention when any component abstains, or a
 failure when any component has no verdict. A failure wins over an abstention: nothing may hide it. A component whose
@@ -22,13 +22,12 @@ from rlhf.errors import ConfigError
 from rlhf.samples import (
     Abstained,
     Prompt,
-    RenderedPrompt,
     RewardFailed,
     RewardOutcome,
     RewardValue,
-    Sample,
-    SampleGroup,
-    ScoredGroup,
+    Scores,
+    TextGroup,
+    TextSample,
 )
 
 BACKOFF_S = 0.5  # before the second attempt after an error that its author calls transient; doubles each time
@@ -57,7 +56,7 @@ class Scorer:
         self._cache = AnswerCache(config.cache_entries)
         self._metrics = ScorerMetrics()
         self._pool = ProcessPool(
-            config.processes,
+            config.process_count,
             config.memory_limit_mib << 20,
             config.modules,
             foreign=brought(config.components),
@@ -68,16 +67,16 @@ class Scorer:
             self.close()
             raise ConfigError(problems)
 
-    def score(self, group: SampleGroup) -> ScoredGroup:
-        """The group with one outcome per sample. Raises ConfigError when its prompt names no configured component."""
+    def score(self, group: TextGroup) -> Scores:
+        """One outcome for each sample. Raises ConfigError when the prompt names no configured component."""
         started = time.perf_counter()
         names = self._applicable(group.prompt)
-        inputs = tuple(reward_input(group.rendered, sample) for sample in group.samples)
+        inputs = tuple(reward_input(group, sample) for sample in group.samples)
         calls = [call for name in names for call in self._calls(name, inputs)]
         judged = self._judged(calls)  # component by component, each in the order of the samples
-        version = group.first_version  # of all samples: asked for once
-        outcomes = tuple(self._outcome(group.prompt, version, judged[row :: len(inputs)]) for row in range(len(inputs)))
-        return ScoredGroup(group, outcomes, time.perf_counter() - started)
+        of_sample = [judged[row :: len(inputs)] for row in range(len(inputs))]
+        outcomes = tuple(self._outcome(group.prompt, group.version, verdicts) for verdicts in of_sample)
+        return Scores(outcomes, time.perf_counter() - started)
 
     def metrics(self) -> Mapping[str, float]:
         """Counts since the start and latencies of the latest calls, as `ScorerMetrics` names them."""
@@ -256,16 +255,16 @@ def _kind(answer: Answer) -> str:
     return answer.failure.kind if answer.failure is not None else ""
 
 
-def reward_input(rendered: RenderedPrompt, sample: Sample) -> RewardInput:
+def reward_input(group: TextGroup, sample: TextSample) -> RewardInput:
     """What a reward function sees of a sample."""
     return RewardInput.of(
         sample.completion,
-        rendered.prompt.answer,
-        messages=rendered.prompt.messages,
-        metadata=rendered.prompt.metadata,
+        group.prompt.answer,
+        messages=group.prompt.messages,
+        metadata=group.prompt.metadata,
         truncated=sample.truncated,
         completion_tokens=sample.completion_tokens,
-        reasoning_mode=rendered.reasoning_mode,
+        reasoning_mode=group.reasoning_mode,
     )
 
 

@@ -13,7 +13,7 @@ from rewards.processes import Health
 from rewards.scorer import Scorer
 from rlhf.config import RewardsConfig
 from rlhf.plugins import absolute
-from rlhf.samples import SampleGroup, ScoredGroup
+from rlhf.samples import Scores, TextGroup
 
 MAX_RESTARTS = 3  # of one worker: what kills it more often is no accident
 
@@ -25,7 +25,7 @@ class RewardWorker:
         os.environ.update(environment)  # before the grader processes, which inherit it
         self._scorer = Scorer(config)
 
-    def score(self, group: SampleGroup) -> ScoredGroup:
+    def score(self, group: TextGroup) -> Scores:
         return self._scorer.score(group)
 
     def metrics(self) -> Mapping[str, float]:
@@ -50,7 +50,7 @@ def spawn(
     secrets: unlike that of the options it is in no log of Ray's. A worker that dies is started again, and what it was
     scoring is scored again: a group that waits for its reward is kept by Ray, not by the worker.
     """
-    at_work = config.processes + config.async_calls
+    at_work = config.process_count + config.async_calls
     options = {
         "max_concurrency": at_work + 2,  # two more, for ping, metrics, health and close
         "max_restarts": MAX_RESTARTS,

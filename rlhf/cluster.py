@@ -7,7 +7,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf.config import RunConfig
 from rlhf.errors import DeadlineError, GroupwiseError, WorkerLostError
+from rlhf.samples import GroupTokens, TextGroup
+
+OBJECT_STORE_ENVIRONMENT = {"RAY_max_direct_call_object_size": "8192"}
+"""Results above 8 KiB stay in the object store of their node: Ray would send them to the driver up to 100 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,8 @@ class Cluster:
         """Ray actor options for `role`, with the environment variables its process starts with."""
         # Threads that spin while they wait take the cores from the other workers.
         pool = {"OMP_NUM_THREADS": str(role.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        variables = {**pool, "PYTHONPATH": os.pathsep.join(_python_path()), **environment}
+        path = {"PYTHONPATH": os.pathsep.join(_python_path())}
+        variables = {**OBJECT_STORE_ENVIRONMENT, **pool, **path, **environment}
         assert self._group is not None
         return {
             "num_cpus": role.cpus,
@@ -148,6 +154,8 @@ class Cluster:
 
     def _reserve(self) -> None:
         wanted = bundles(self._config)
+        if self._owned:
+            _require_this_machine(wanted)
         self._group = placement_group(wanted, strategy="PACK")
         try:
             ray.get(self._group.ready(), timeout=self._config.cluster.start_deadline_s)
@@ -161,6 +169,19 @@ class Cluster:
     def _keep_ray_logs(self, temp_dir: Path) -> None:
         for logs in temp_dir.glob("session_2*/logs"):
             shutil.copytree(logs, self._logs / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+
+
+def _require_this_machine(wanted: Sequence[dict[str, float]]) -> None:
+    """Raises GroupwiseError where a private Ray, which never gets another node, cannot hold what is wanted."""
+    have = ray.cluster_resources()
+    for kind in ("GPU", "CPU"):
+        needed = sum(bundle.get(kind, 0.0) for bundle in wanted)
+        if needed > have.get(kind, 0.0):
+            raise GroupwiseError(
+                f"placement: the run needs {needed:g} {kind}s and this machine has {have.get(kind, 0.0):g}. Lower "
+                "training.ranks, rollouts.num_engines or rollouts.tensor_parallel_size, leave out servers, or join a "
+                "cluster with cluster.address."
+            )
 
 
 def gather(references: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
@@ -192,14 +213,45 @@ def wait_for_any(references: Sequence[Any], timeout_s: float) -> tuple[list[Any]
 
 def result(reference: Any, what: str) -> Any:
     """The value of a finished reference, or the error that a user should see."""
-    try:
+    with explained(what):
         return ray.get(reference)
+
+
+async def awaited(reference: Any, what: str) -> Any:
+    """As `result`, once the reference has finished; other work of the event loop goes on meanwhile."""
+    with explained(what):
+        return await reference
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Errors of Ray become those that a user should see."""
+    try:
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, GroupwiseError):
             raise error.cause from None
         raise WorkerLostError(f"{what} failed in the worker:\n{error}") from None
     except RayError as error:  # died, ran out of memory, lost its node: Ray's message says which
         raise WorkerLostError(f"{what}: the worker process was lost.\n{error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RayStored:
+    """`Stored` in Ray's object store, on the node where the group was sampled.
+
+    The references are those of a task's results, so that this process owns them: an engine's death loses nothing that
+    was finished.
+    """
+
+    tokens_reference: Any
+    text_reference: Any
+
+    def tokens(self) -> GroupTokens:
+        return result(self.tokens_reference, "the tokens of a group")
+
+    def text(self) -> TextGroup:
+        return result(self.text_reference, "the text of a group")
 
 
 def redirect_output(path: Path) -> None:

@@ -5,6 +5,7 @@ Defaults live here, on the fields; a yaml in `conf/` only states what differs. D
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -202,11 +203,16 @@ class RewardsConfig(Section):
     modules: tuple[str, ...] = ()  # importable modules or .py files that register more rewards
     correct_at: float = 1.0  # a sample is correct when its task value reaches this
     workers: Positive = 1  # Ray actors
-    processes: Positive = 1  # killable grader processes in each
+    processes: Positive | None = None  # killable grader processes in each; None: half the cores of the machine
     async_calls: Positive = 64  # calls of async rewards in flight in each, in one more process
     cache_entries: Annotated[int, Field(ge=0)] = 10_000  # verdicts kept in each
     memory_limit_mib: Positive = 2048  # address space of one grader process
     error_budget: Fraction = 0.05  # share of failed rewards in one step that stops the run
+
+    @property
+    def process_count(self) -> int:
+        """Grader processes of a worker on this machine."""
+        return self.processes or max(1, (os.cpu_count() or 1) // 2)
 
 
 class ServerConfig(Section):
@@ -242,12 +248,13 @@ class RolloutsConfig(Section):
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 = all tokens
     max_completion_tokens: Positive = 64
     reasoning_fraction: Fraction = 1.0  # share of prompts rendered in reasoning mode, where the template has one
-    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0  # learner version - sample's first version, at consumption
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0  # learner version - version of a token, when it trains
+    pipeline_depth: Positive | None = None  # steps that groups are kept alive for; None: max_staleness + 1
+    late_groups: Literal["wait", "mask", "abort"] = "wait"  # too old for the next step; docs/architecture.md
     max_dispatch_factor: Positive = 8  # a step may dispatch at most this many times prompts_per_step
     max_concurrent_samples: Positive = 256  # per engine
     kv_cache_gib: Positive = 1  # CPU engines; vLLM takes whole GiB
-    gpu_memory_utilization: Fraction = 0.6  # GPU engines
-    prefix_caching: bool = True
+    engine_args: dict[str, Any] = Field(default_factory=dict)  # more of vLLM's engine arguments: name -> value
     silence_deadline_s: Seconds = 300.0  # longest wait without any group coming back
 
 
@@ -406,7 +413,8 @@ class WeightSyncConfig(Section):
     """`auto`: ray on CPU, nccl for split and cuda_ipc for colocated GPUs. Or `package.module:Class` of your own."""
 
     transport: str = "auto"
-    clear_kv_cache: bool = True  # False: requests in flight go on over the old key-value cache
+    kv_cache: Literal["recompute", "keep"] = "recompute"  # of requests in flight at a sync; keep: over old weights
+    max_kept_syncs: Positive = 8  # keep: the cache is recomputed at every so many syncs
     deadline_s: Seconds = 600.0
     attestation: AttestationConfig = AttestationConfig()
 

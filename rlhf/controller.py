@@ -1,6 +1,6 @@
 """The loop of online RL.
 
-    prompts -> rollouts -> rewards -> selection    (the rollout source: StalenessBuffer)
+    prompts -> rollouts -> rewards -> selection    (the rollout source: TrainingRollouts, in a loop of its own)
             -> RolloutBatch -> HeldStep -> UpdateReport -> next weight version
 
 Synchronous training is `max_staleness: 0`; there is no second loop.
@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.batches.ragged import RolloutBatch, rollout_batch
+from rlhf.batches.ragged import RolloutBatch, RolloutSequences, ScoredSamples, rollout_batch
 from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
 from rlhf.metrics import merged
 from rlhf.mismatch import without_redundant_fresh
 from rlhf.phases import Phases
-from rlhf.protocols import HeldStep, LearnerGroup, Publisher, RolloutSource, SyncReport, UpdateReport
+from rlhf.protocols import HeldStep, LearnerGroup, Publisher, RolloutSource, SyncReport, Taken, UpdateReport
 from rlhf.samples import ScoredGroup
-from rlhf.selection import Arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +31,23 @@ class StepRecord:
     """What one RL step did, for logs, tables and the summary. `advantages` [N], in the order of the valued samples."""
 
     step: int
-    groups: Sequence[ScoredGroup]
+    taken: Taken
     batch: RolloutBatch
     advantages: Tensor
     updates: Sequence[UpdateReport]
     sync: SyncReport
-    arrived: Arrivals
+
+    @property
+    def groups(self) -> Sequence[ScoredGroup]:
+        return self.taken.groups
 
 
 @dataclass(frozen=True, slots=True)
 class FailedUpdate:
-    """The optimiser step that was not finite: `part` int64 [n] are the numbers of its samples in `batch`."""
+    """The optimiser step that was not finite: `part` int64 [n] are the numbers of its samples in `samples`."""
 
-    batch: RolloutBatch
+    samples: ScoredSamples
+    sequences: RolloutSequences
     part: np.ndarray
     advantages: Tensor
 
@@ -60,8 +63,8 @@ class Controller:
     learners: LearnerGroup
     publisher: Publisher
     algorithm: OnlineAlgorithm
-    ledger: Ledger
     correct_at: float
+    max_staleness: int
     updates_per_step: int
     dump: Callable[[FailedUpdate], None]
     phase: Phases = field(default_factory=Phases)
@@ -76,9 +79,10 @@ class Controller:
         """One step: groups in, a new attested weight version out, every group of it closed in the ledger."""
         version = self.publisher.version
         with self.phase("rollout"):
-            groups = self.rollouts.take(version)
+            taken = self.rollouts.take(version)
+            groups = taken.groups
         with self.phase("annotate"):
-            batch = rollout_batch(groups, version, self.correct_at)
+            batch = rollout_batch(groups, version, self.correct_at, self.max_staleness)
             parts = optimiser_steps(batch, self.updates_per_step)
             held = self.learners.hold(batch, parts)
         with self.phase("advantage"):
@@ -87,10 +91,10 @@ class Controller:
             updates = [self._update(held, number, batch, part, advantages) for number, part in enumerate(parts)]
         with self.phase("sync"):
             sync = self.publisher.publish()
-        for group in groups:
-            self.ledger.close(group.group.group_id, "trained", step)
-        self.ledger.check()
-        return StepRecord(step, groups, batch, advantages, updates, sync, self.rollouts.arrived)
+        # Sampling for the next step begins before this one is looked at.
+        self.rollouts.trained(groups, step)
+        self.rollouts.advance(self.publisher.version)
+        return StepRecord(step, taken, batch, advantages, updates, sync)
 
     def _update(
         self, held: HeldStep, number: int, batch: RolloutBatch, part: np.ndarray, advantages: Tensor
@@ -100,7 +104,7 @@ class Controller:
         try:
             return held.update(number, advantages, weights)
         except NonFiniteError:
-            self.dump(FailedUpdate(batch, part, advantages))
+            self.dump(FailedUpdate(batch.samples, batch.sequences.fetched(), part, advantages))
             raise
 
 
@@ -118,7 +122,8 @@ def step_metrics(record: StepRecord, ledger: Ledger, phases: Phases) -> dict[str
     counts = ledger.counts()
     seconds = sum(phases.step.values())
     return {
-        **record.arrived.metrics(),
+        **record.taken.arrived.metrics(),
+        **record.taken.metrics,
         "trained/groups": len(record.groups),
         "trained/reward_mean": float(samples.rewards.mean()),
         "trained/completion_tokens": float(samples.completion_tokens.float().mean()),

@@ -6,7 +6,6 @@ valued samples is left out of pass@k and counted. Neither is ever treated as wro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf.errors import RewardFailureError
-from rlhf.samples import Abstained, RewardFailed, Sample, ScoredGroup
-
-_REASONING = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
+from rlhf.samples import Abstained, RewardFailed, ScoredGroup
 
 
 def pass_at_k(correct: ArrayLike, n: ArrayLike, k: int) -> NDArray[np.float64] | np.float64:
@@ -100,9 +97,7 @@ def summarise(
     correct, n = _tally(sampled, correct_at)
     usable = {k: n >= k for k in pass_at}
     causes = _causes([*greedy, *sampled])
-    _require_values(
-        greedy_n, usable, causes, next((g.failure_report for g in (*greedy, *sampled) if g.failure_report), "")
-    )
+    _require_values(greedy_n, usable, causes, next((g.failure_report for g in (*greedy, *sampled) if g.failed), ""))
     samples = [sample for scored in sampled for sample in scored.group.samples]
     has_greedy = greedy_n > 0
     return EvaluationResult(
@@ -115,18 +110,12 @@ def summarise(
         samples_per_prompt=max(len(scored.group.samples) for scored in sampled),
         completion_tokens_mean=float(np.mean([sample.completion_tokens for sample in samples])),
         truncated_fraction=float(np.mean([sample.truncated for sample in samples])),
-        thinks_fraction=float(np.mean([thinks(sample) for sample in samples])),
+        thinks_fraction=float(np.mean([sample.thinks for sample in samples])),
         unscored=sum(causes.values()),
         unscored_by_cause=causes,
         prompts_without_greedy=int(np.count_nonzero(~has_greedy)),
         prompts_short_of={k: int(np.count_nonzero(~use)) for k, use in usable.items()},
     )
-
-
-def thinks(sample: Sample) -> bool:
-    """Whether the completion has a reasoning block with something in it; a block cut off by the length limit counts."""
-    block = _REASONING.search(sample.completion)
-    return block is not None and bool(block.group(1).strip())
 
 
 def _tally(groups: Sequence[ScoredGroup], correct_at: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -295,6 +295,16 @@ def _prepare_hugging_face(config: HuggingFaceModel) -> Path:
     return _download(config)
 
 
+def on_this_machine(config: ModelConfig, path: Path) -> Path:
+    """The model that `prepare_model` left at `path`, which on another machine of the cluster may lie elsewhere.
+
+    The snapshot of a hub model is in the cache of the machine that downloaded it; others download it too.
+    """
+    if path.is_dir() or not isinstance(config, HuggingFaceModel) or _looks_local(config.path):
+        return path
+    return _download(config)
+
+
 def _looks_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/")
 

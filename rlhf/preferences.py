@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,8 +130,8 @@ def untrainable(unit: PreferenceUnit) -> Reason | None:
 def _candidates(scored: ScoredGroup, weights: Mapping[str, float], correct_at: float) -> list[_Candidate]:
     return [
         _Candidate(place, sample, _reward(sample, value, weights), value, value.task >= correct_at)
-        for place, (sample, value) in enumerate(scored.valued)
-        if sample.completion_tokens
+        for place, (sample, value) in enumerate(zip(scored.group.samples, scored.outcomes, strict=True))
+        if isinstance(value, RewardValue) and sample.completion_tokens
     ]
 
 
@@ -218,24 +218,24 @@ def _group(candidates: list[_Candidate], stage: CollectStage, rng: random.Random
 
 
 def _selected_pair(scored: ScoredGroup, picked: tuple[_Candidate, _Candidate]) -> Selected:
-    chosen, rejected = (_example(candidate.sample) for candidate in picked)
+    chosen, rejected = _examples(scored, picked)
     return _selected(scored, PreferencePair(scored.group.group_id, chosen, rejected), picked)
 
 
 def _selected_group(scored: ScoredGroup, picked: tuple[_Candidate, ...]) -> Selected:
-    examples, rewards = tuple(_example(c.sample) for c in picked), tuple(c.reward for c in picked)
-    return _selected(scored, PreferenceGroup(scored.group.group_id, examples, rewards), picked)
+    unit = PreferenceGroup(scored.group.group_id, _examples(scored, picked), tuple(c.reward for c in picked))
+    return _selected(scored, unit, picked)
 
 
 def _selected(scored: ScoredGroup, unit: PreferenceUnit, picked: tuple[_Candidate, ...]) -> Selected:
-    prompt = scored.group.prompt
+    prompt, text = scored.group.prompt, scored.group.stored.text()
     return Selected(
         unit=unit,
         prompt_id=prompt.prompt_id,
         prompt=prompt.text,
-        reasoning_mode=scored.group.rendered.reasoning_mode,
+        reasoning_mode=scored.group.reasoning_mode,
         sample_ids=tuple(c.sample.sample_id for c in picked),
-        completions=tuple(c.sample.completion for c in picked),
+        completions=tuple(text.samples[c.place].completion for c in picked),
         rewards=tuple(c.reward for c in picked),
         tasks=tuple(c.value.task for c in picked),
         parts=tuple(c.value.parts for c in picked),
@@ -243,5 +243,6 @@ def _selected(scored: ScoredGroup, unit: PreferenceUnit, picked: tuple[_Candidat
     )
 
 
-def _example(sample: Sample) -> TokenizedExample:
-    return TokenizedExample(sample.token_ids, sample.loss_mask)
+def _examples(scored: ScoredGroup, picked: Sequence[_Candidate]) -> tuple[TokenizedExample, ...]:
+    tokens = scored.group.stored.tokens()
+    return tuple(tokens.example(candidate.place) for candidate in picked)

@@ -80,7 +80,7 @@ class LearnerGroup(Protocol):
         ...
 
     def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> HeldStep:
-        """Send the sequences to the ranks, which annotate and keep them.
+        """Tell the ranks which sequences to fetch, annotate and keep.
 
         `parts` are the numbers int64 [n] of the samples of each optimiser step.
         """
@@ -107,16 +107,36 @@ class Publisher(Protocol):
     def publish(self) -> SyncReport: ...
 
 
-class RolloutSource(Protocol):
-    """Where scored groups come from; see `StalenessBuffer`."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The groups of one step, what came back scored since the step before, and how dispatch went meanwhile."""
 
+    groups: list[ScoredGroup]
     arrived: Arrivals
-    """What came back during the last `take`."""
+    metrics: dict[str, float]
+
+
+class RolloutSource(Protocol):
+    """Where scored groups come from; see `TrainingRollouts`."""
 
     sampled_tokens: int
     """Completion tokens of everything that came back so far, trained or not."""
 
-    def take(self, version: WeightVersion) -> list[ScoredGroup]: ...
+    def advance(self, version: WeightVersion) -> None:
+        """The engines hold `version`: sampling from it may begin."""
+        ...
+
+    def take(self, version: WeightVersion) -> Taken:
+        """The groups of the step at `version`."""
+        ...
+
+    def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        """A step has trained its groups."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is taken; returns when no engine works for this source any more."""
+        ...
 
 
 class Evaluator(Protocol):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.jsonl import JsonLines
-from rlhf.samples import RewardFailed, Sample, ScoredGroup
+from rlhf.samples import RewardFailed, ScoredGroup
 
 FILE_NAME = "reward_failures.jsonl"
 MAX_RECORDS = 1000  # a reward that always fails must not fill the disk while the budget allows it
@@ -43,9 +43,12 @@ def records(scored: ScoredGroup) -> Iterator[dict[str, Any]]:
     completion, or all of the group for a group reward; `messages`, `answer`, `metadata` and `reasoning_mode` of the
     prompt; `kind`, `message`, `traceback`, `attempts` and `whole_group` of the failure.
     """
-    prompt = scored.group.prompt
-    for sample, failure in scored.failed:
-        seen = scored.group.samples if failure.whole_group else (sample,)
+    failures = [(number, one) for number, one in enumerate(scored.outcomes) if isinstance(one, RewardFailed)]
+    if not failures:
+        return
+    prompt, text = scored.group.prompt, scored.group.stored.text()
+    for number, failure in failures:
+        sample = scored.group.samples[number]
         yield {
             "sample_id": sample.sample_id,
             "group_id": scored.group.group_id,
@@ -53,22 +56,13 @@ def records(scored: ScoredGroup) -> Iterator[dict[str, Any]]:
             "weight_version": sample.first_version,
             "reward": failure.component,
             "params": _plain(failure.params),
-            "samples": [_sample(one) for one in seen],
+            "samples": [asdict(one) for one in (text.samples if failure.whole_group else (text.samples[number],))],
             "messages": _plain(prompt.messages),
             "answer": prompt.answer,
             "metadata": _plain(prompt.metadata),
-            "reasoning_mode": scored.group.rendered.reasoning_mode,
+            "reasoning_mode": scored.group.reasoning_mode,
             **_failure(failure),
         }
-
-
-def _sample(sample: Sample) -> dict[str, Any]:
-    return {
-        "sample_id": sample.sample_id,
-        "completion": sample.completion,
-        "completion_tokens": sample.completion_tokens,
-        "truncated": sample.truncated,
-    }
 
 
 def _failure(failure: RewardFailed) -> dict[str, Any]:

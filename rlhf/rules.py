@@ -664,6 +664,61 @@ def pass_at_k_has_k_samples(evaluation: EvaluationConfig) -> Messages:
         yield problem("evaluation.pass_at", list(evaluation.pass_at), rule, reason, fix)
 
 
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+OWN_ENGINE_ARGS = {
+    "model": "model",
+    "seed": "seed",
+    "dtype": "model.dtype",
+    "max_model_len": "model.max_context_tokens",
+    "trust_remote_code": "model.trust_remote_code",
+    "tensor_parallel_size": "rollouts.tensor_parallel_size",
+    "max_num_seqs": "rollouts.max_concurrent_samples",
+    "enable_sleep_mode": "cluster.placement",
+}
+"""vLLM's engine argument -> the key that sets it."""
+
+FIXED_ENGINE_ARGS = (
+    "distributed_executor_backend",
+    "disable_log_stats",
+    "enable_log_requests",
+    "logprobs_mode",
+    "skip_tokenizer_init",
+    "weight_transfer_config",
+    "worker_extension_cls",
+)
+
+
+@_rule
+def engine_arguments_have_one_place(rollouts: RolloutsConfig) -> Messages:
+    for name, value in rollouts.engine_args.items():
+        key, plain = f"rollouts.engine_args.{name}", name.lstrip("-").replace("-", "_")
+        if plain in OWN_ENGINE_ARGS:
+            yield problem(key, value, "must not be set here", "Another key sets it", f"Set {OWN_ENGINE_ARGS[plain]}")
+        elif plain in FIXED_ENGINE_ARGS:
+            reason = "Sampling and weight sync rely on what the program sets"
+            yield problem(key, value, "must not be set", reason, "Remove it")
+        elif plain != name:
+            yield problem(key, value, "must be vLLM's name of the argument", "It has underscores", f"Write {plain}")
+
+
+@_rule
+def groups_are_kept_no_longer_than_they_may_train(rollouts: RolloutsConfig) -> Messages:
+    depth, staleness = rollouts.pipeline_depth, rollouts.max_staleness
+    if depth is not None and depth > staleness + 1:
+        rule = f"must be at most rollouts.max_staleness + 1 = {staleness + 1}"
+        reason = "A group that is dispatched earlier than that is too old when its step comes"
+        yield problem("rollouts.pipeline_depth", depth, rule, reason, "Lower it or allow more staleness")
+
+
+@_rule
+def only_stale_groups_are_late(rollouts: RolloutsConfig) -> Messages:
+    if rollouts.late_groups != "wait" and not rollouts.max_staleness:
+        rule = "needs rollouts.max_staleness of 1 or more"
+        reason = "Without staleness every group belongs to the step that dispatched it, and none is late"
+        yield problem("rollouts.late_groups", rollouts.late_groups, rule, reason, "Set it to wait")
+
+
 # --- weight sync and cluster ------------------------------------------------------------------------------------------
 
 

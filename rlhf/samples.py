@@ -2,7 +2,7 @@
 
 A stage changes the type, never a field from `None` to a value:
 
-    Prompt -> RenderedPrompt -> SampleGroup -> ScoredGroup
+    Prompt -> RenderedPrompt -> GroupTokens + TextGroup, which stay where they are, and SampleGroup -> ScoredGroup
     Prompt + worked answer = Demonstration -> TokenizedExample
     ScoredGroup, or records of a file -> PreferencePair | PreferenceGroup
 
@@ -12,9 +12,9 @@ not choose (the prompt, template-injected tokens) have `loss_mask[t] = False` an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -108,31 +108,18 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled completion.
+    """What is known of a sampled completion without its tokens and its text.
 
-    `token_ids` int32 [T] = prompt + completion exactly as the engine saw and returned them; `loss_mask` bool [T];
-    `rollout_logprobs` float32 [T], nats, of the distribution really sampled from. `version_spans` cover all completion
-    tokens. `completion` is the decoded text including an opened `<think>`, for rewards and for people.
+    `completion_tokens` are those the policy chose. `version_spans` cover them all. `thinks`: the completion has a
+    reasoning block with something in it.
     """
 
     sample_id: str
-    token_ids: np.ndarray
-    loss_mask: np.ndarray
-    rollout_logprobs: np.ndarray
+    prompt_tokens: int
+    completion_tokens: int
     version_spans: tuple[VersionSpan, ...]
-    completion: str
     finish_reason: Literal["stop", "length"]
-
-    def __post_init__(self) -> None:
-        _check_token_arrays(self.token_ids, self.loss_mask)
-        if self.rollout_logprobs.shape != self.token_ids.shape:
-            raise ValueError(
-                f"rollout_logprobs has shape {self.rollout_logprobs.shape}, token_ids {self.token_ids.shape}"
-            )
-
-    @property
-    def completion_tokens(self) -> int:
-        return int(self.loss_mask.sum())
+    thinks: bool = False
 
     @property
     def truncated(self) -> bool:
@@ -142,23 +129,94 @@ class Sample:
     def first_version(self) -> WeightVersion:
         return self.version_spans[0].version
 
+    def tokens_before(self, version: WeightVersion) -> int:
+        """How many of the first completion tokens were sampled from weights older than `version`."""
+        return sum(span.end - span.start for span in self.version_spans if span.version < version)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """The tokens of a group, sample after sample; sample n has tokens `offsets[n] <= t < offsets[n + 1]`.
+
+    `token_ids` int32 [S] = prompt + completion exactly as the engine saw and returned them; `loss_mask` bool [S];
+    `rollout_logprobs` float32 [S], nats, of the distribution really sampled from; `offsets` int64 [N + 1].
+    """
+
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        for number in range(len(self.offsets) - 1):
+            example = self.example(number)
+            logprobs = self.rollout_logprobs[self.offsets[number] : self.offsets[number + 1]]
+            if logprobs.shape != example.token_ids.shape:
+                raise ValueError(f"rollout_logprobs has shape {logprobs.shape}, token_ids {example.token_ids.shape}")
+
+    def example(self, number: int) -> TokenizedExample:
+        """Sample `number` as a stored completion."""
+        place = slice(self.offsets[number], self.offsets[number + 1])
+        return TokenizedExample(self.token_ids[place], self.loss_mask[place])
+
+
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """A completion as rewards and people see it: decoded, with an opened `<think>`."""
+
+    sample_id: str
+    completion: str
+    completion_tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TextGroup:
+    """A group as rewards and people see it. `version` is the oldest that any of it was sampled from."""
+
+    group_id: str
+    prompt: Prompt
+    reasoning_mode: bool
+    version: WeightVersion
+    samples: tuple[TextSample, ...]
+
+
+class Stored(Protocol):
+    """Where the tokens and the text of a group are: on the machine that made them, until they are asked for."""
+
+    def tokens(self) -> GroupTokens: ...
+
+    def text(self) -> TextGroup: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """`Stored` here."""
+
+    group_tokens: GroupTokens
+    group_text: TextGroup
+
+    def tokens(self) -> GroupTokens:
+        return self.group_tokens
+
+    def text(self) -> TextGroup:
+        return self.group_text
+
 
 @dataclass(frozen=True, slots=True)
 class SampleGroup:
-    """The `group_size` samples of one prompt."""
+    """The `group_size` samples of one prompt, without their tokens and text, which are where `stored` says."""
 
     group_id: str
-    rendered: RenderedPrompt
+    prompt: Prompt
+    reasoning_mode: bool
     samples: tuple[Sample, ...]
     generate_s: float
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.rendered.prompt
+    stored: Stored
 
     @property
     def first_version(self) -> WeightVersion:
-        return min(sample.first_version for sample in self.samples)
+        return oldest_version(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +261,14 @@ RewardOutcome = RewardValue | Abstained | RewardFailed
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """One outcome for each sample of a group, in their order, and the seconds that it took."""
+
+    outcomes: tuple[RewardOutcome, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A group with one outcome for each sample, in the same order.
 
@@ -236,14 +302,22 @@ class ScoredGroup:
 
         Empty where none failed.
         """
-        for sample, failure in self.failed:
-            again = f"\nSee it again: python -m rewards replay {sample.sample_id} --run {self.run_dir}"
-            return (
-                f"reward {failure.component!r} on sample {sample.sample_id}, prompt {self.group.prompt.prompt_id}, "
-                f"{failure.attempts} attempt(s): {failure.message}\ncompletion: {sample.completion!r}\n"
-                f"answer: {self.group.prompt.answer!r}\n{failure.traceback}{again if self.run_dir else ''}"
-            )
+        for number, outcome in enumerate(self.outcomes):
+            if isinstance(outcome, RewardFailed):
+                sample = self.group.stored.text().samples[number]
+                again = f"\nSee it again: python -m rewards replay {sample.sample_id} --run {self.run_dir}"
+                return (
+                    f"reward {outcome.component!r} on sample {sample.sample_id}, prompt "
+                    f"{self.group.prompt.prompt_id}, {outcome.attempts} attempt(s): {outcome.message}\n"
+                    f"completion: {sample.completion!r}\nanswer: {self.group.prompt.answer!r}\n"
+                    f"{outcome.traceback}{again if self.run_dir else ''}"
+                )
         return ""
+
+
+def oldest_version(samples: Sequence[Sample]) -> WeightVersion:
+    """The oldest weights that any token was sampled from; 0 where all completions are empty."""
+    return min((sample.first_version for sample in samples if sample.version_spans), default=0)
 
 
 def _check_token_arrays(token_ids: np.ndarray, loss_mask: np.ndarray) -> None:

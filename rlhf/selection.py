@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import Literal
 
-from rlhf.evaluation import thinks
 from rlhf.samples import Abstained, RewardFailed, ScoredGroup
 
 
@@ -38,7 +37,7 @@ class Arrivals:
             self.parts.setdefault(name, []).append(value)
         self.completion_tokens += [sample.completion_tokens for sample in scored.group.samples]
         self.truncated += sum(sample.truncated for sample in scored.group.samples)
-        self.thinking += sum(thinks(sample) for sample in scored.group.samples)
+        self.thinking += sum(sample.thinks for sample in scored.group.samples)
         self.abstained += sum(isinstance(outcome, Abstained) for outcome in scored.outcomes)
         self.failed += sum(isinstance(outcome, RewardFailed) for outcome in scored.outcomes)
 

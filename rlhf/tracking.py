@@ -107,11 +107,12 @@ def sample_rows(
     None where the reward abstained or failed; `note` then says why.
     """
     shown = advantages if advantages is not None else [None] * len(scored.outcomes)
-    triples = zip(scored.group.samples, scored.outcomes, shown, strict=True)
+    texts = [sample.completion for sample in scored.group.stored.text().samples]
+    rows = zip(scored.group.samples, texts, scored.outcomes, shown, strict=True)
     return [
         {
             "prompt": scored.group.prompt.text,
-            "completion": sample.completion,
+            "completion": completion,
             "versions": _versions(sample),
             "advantage": None if advantage is None else float(advantage),
             "finish_reason": sample.finish_reason,
@@ -122,7 +123,7 @@ def sample_rows(
             "ledger_state": ledger_state,
             **_outcome_columns(outcome, correct_at),
         }
-        for sample, outcome, advantage in triples
+        for sample, completion, outcome, advantage in rows
     ]
 
 

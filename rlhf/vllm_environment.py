@@ -12,8 +12,11 @@ CPU_ENVIRONMENT = {
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 
 
-def vllm_environment(device: str, kv_cache_gib: int) -> dict[str, str]:
-    """Environment variables that must be set before vllm is imported in a process that uses `device`."""
+def vllm_environment(device: str, kv_cache_gib: int, *, shares_memory: bool = False) -> dict[str, str]:
+    """Environment variables that must be set before vllm is imported in a process that uses `device`.
+
+    `shares_memory`: weights come as handles of GPU memory, which vLLM's processes pass on to each other as pickles.
+    """
     if device != "cpu":
-        return dict(ENVIRONMENT)
+        return {**ENVIRONMENT, **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if shares_memory else {})}
     return {**ENVIRONMENT, **CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
 
 from rlhf.config import RunConfig
 from rlhf.evaluation import EvaluationResult, summarise
-from rlhf.samples import Prompt, ScoredGroup
+from rlhf.samples import Prompt
+from rollouts.engine import Sampling
 from rollouts.generator import GroupRequest
-
-
-class Runner(Protocol):
-    def run(self, requests: Sequence[GroupRequest], deadline_s: float) -> list[ScoredGroup]: ...
+from rollouts.sampler import Runner
 
 
 class HeldOutEvaluator:
@@ -28,24 +25,15 @@ class HeldOutEvaluator:
     def evaluate(self, prompts: int, *, reasoning_mode: bool) -> EvaluationResult:
         """Statistics over the first `prompts` held-out prompts (all, where there are fewer)."""
         evaluation = self._config.evaluation
-        name = f"e{next(self._numbers):04d}"
-        chosen = self._prompts[:prompts]
-        greedy = [self._request(f"{name}-greedy-{i}", p, reasoning_mode, 1, 0.0) for i, p in enumerate(chosen)]
-        samples, temperature = evaluation.samples_per_prompt, evaluation.temperature
-        sampled = [self._request(f"{name}-{i}", p, reasoning_mode, samples, temperature) for i, p in enumerate(chosen)]
-        scored = self._runner.run([*greedy, *sampled], self._config.rollouts.silence_deadline_s * 4)
-        return summarise(
-            scored[: len(greedy)], scored[len(greedy) :], self._config.rewards.correct_at, evaluation.pass_at
-        )
-
-    def _request(
-        self, group_id: str, prompt: Prompt, reasoning_mode: bool, samples: int, temperature: float
-    ) -> GroupRequest:
-        return GroupRequest(
-            group_id=group_id,
-            prompt=prompt,
-            reasoning_mode=reasoning_mode,
-            samples=samples,
-            max_tokens=self._config.rollouts.max_completion_tokens,
-            temperature=temperature,
-        )
+        name, chosen = f"e{next(self._numbers):04d}", self._prompts[:prompts]
+        tokens = self._config.rollouts.max_completion_tokens
+        # The full distribution at its own temperature, whatever the rollouts are sampled with.
+        greedy = Sampling(1, tokens, 0.0)
+        sampled = Sampling(evaluation.samples_per_prompt, tokens, evaluation.temperature)
+        requests = [
+            *(GroupRequest(f"{name}-greedy-{i}", p, reasoning_mode, greedy) for i, p in enumerate(chosen)),
+            *(GroupRequest(f"{name}-{i}", p, reasoning_mode, sampled) for i, p in enumerate(chosen)),
+        ]
+        scored = list(self._runner.sample(requests))
+        first, rest = scored[: len(chosen)], scored[len(chosen) :]
+        return summarise(first, rest, self._config.rewards.correct_at, evaluation.pass_at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,47 +12,56 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.config import CollectStage, FilterStage, PreferenceFile, PreferenceStage, RlStage, RunConfig, SftStage
 from rlhf.ledger import Ledger
 from rlhf.preferences import Selected
-from rlhf.samples import PreferenceUnit, ScoredGroup, TokenizedExample
+from rlhf.samples import PreferenceUnit, Prompt, ScoredGroup, TokenizedExample
 from rlhf.selection import Rejected, select
 from rlhf.stages.context import StageData
 from rollouts.buffer import Limits, StalenessBuffer
 from rollouts.demonstrations import balanced_demonstrations, demonstrations
+from rollouts.dispatcher import Dispatcher, TrainingRollouts
+from rollouts.engine import Sampling
+from rollouts.generator import GroupRequest
 from rollouts.preference_data import load_preferences, read_selected, write_selected
 from rollouts.prompts import PromptStream
 from rollouts.rendering import Renderer
-from rollouts.sampler import PromptSampler
+from rollouts.sampler import sample_prompts
 from rollouts.sources import Sources
-from rollouts.worker import GroupDispatcher, RolloutClient
 
 
 class RunData(StageData):
     """The data of the stages, from the run's sources, engines and reward workers."""
 
-    def __init__(self, config: RunConfig, sources: Sources, client: RolloutClient, renderer: Renderer) -> None:
+    def __init__(self, config: RunConfig, sources: Sources, dispatcher: Dispatcher, renderer: Renderer) -> None:
         self._config = config
         self._sources = sources
-        self._client = client
+        self._dispatcher = dispatcher
         self._renderer = renderer
 
-    def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> StalenessBuffer:
+    def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> TrainingRollouts:
         config, stage = self._config, self._config.stages[name]
         assert isinstance(stage, RlStage)
 
         def verdict(scored: ScoredGroup) -> Rejected | None:
             return select(scored, algorithm.group_filter, correct_at=config.rewards.correct_at)
 
+        rollouts = config.rollouts
         limits = Limits(
             name=name,
             prompts_per_step=stage.prompts_per_step,
-            max_staleness=config.rollouts.max_staleness,
+            max_staleness=rollouts.max_staleness,
+            pipeline_depth=rollouts.pipeline_depth or rollouts.max_staleness + 1,
             total_groups=stage.steps * stage.prompts_per_step,
-            max_dispatch_factor=config.rollouts.max_dispatch_factor,
+            max_dispatch_factor=rollouts.max_dispatch_factor,
             error_budget=config.rewards.error_budget,
-            deadline_s=config.rollouts.silence_deadline_s,
+            late_groups=rollouts.late_groups,
         )
-        mode = self._reasoning_mode(config.rollouts.reasoning_fraction)
-        dispatcher = GroupDispatcher(self._client, config, mode)
-        return StalenessBuffer(dispatcher, iter(self._stream(name).next, None), verdict, ledger, limits)
+        mode, numbers = self._reasoning_mode(rollouts.reasoning_fraction), itertools.count()
+        sampling = Sampling.of(config, samples=rollouts.group_size)
+
+        def request(group_id: str, prompt: Prompt) -> GroupRequest:
+            return GroupRequest(group_id, prompt, mode(next(numbers)), sampling)
+
+        buffer, prompts = StalenessBuffer(verdict, ledger, limits), iter(self._stream(name).next, None)
+        return TrainingRollouts(self._dispatcher, buffer, ledger, prompts, request)
 
     def examples(self, name: str) -> Iterator[TokenizedExample]:
         stage = self._config.stages[name]
@@ -73,11 +83,16 @@ class RunData(StageData):
         else:
             stream, fraction = self._stream(name), stage.reasoning_fraction
             prompts = [stream.next() for _ in range(count)]
-        sampler = PromptSampler(
-            self._client, self._config, stage=name, samples=stage.samples_per_prompt, temperature=stage.temperature
+        return sample_prompts(
+            self._dispatcher,
+            self._config,
+            prompts,
+            stage=name,
+            samples=stage.samples_per_prompt,
+            temperature=stage.temperature,
+            reasoning_mode=self._reasoning_mode(fraction),
+            progress=progress,
         )
-        mode = self._reasoning_mode(fraction)
-        return sampler.sample(prompts, reasoning_mode=mode, progress=lambda so_far: progress(so_far.done))
 
     def prompt_count(self, name: str, stage: FilterStage | CollectStage) -> int:
         size = self._sources.of(name).size

@@ -1,25 +1,25 @@
-"""Ray shell of a rollout engine, and all engines plus reward workers as one client."""
+"""Ray shell of a rollout engine, and all engines of a run."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from rlhf.cluster import Cluster, gather, redirect_output, result, roles, wait_for_any
+from rlhf.cluster import Cluster, RayStored, awaited, gather, redirect_output, roles
 from rlhf.config import RunConfig
-from rlhf.models import load_tokenizer
-from rlhf.reward_failures import RewardFailures
-from rlhf.samples import Prompt, SampleGroup, ScoredGroup
+from rlhf.models import load_tokenizer, on_this_machine
+from rlhf.samples import GroupTokens, Sample, SampleGroup, TextGroup
 from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.transports import PackedTensor, receiver_of
+from rollouts.dispatcher import Aborted
+from rollouts.engine import AbortedError, EngineStats, stats_metrics
 from rollouts.generator import Generator, GroupRequest
 from rollouts.rendering import Renderer
 from rollouts.vllm_engine import VllmEngine, engine_settings
@@ -34,19 +34,30 @@ class RolloutWorker:
 
     async def start(self) -> None:
         number, model_path, config = self._arguments
+        model_path = str(on_this_machine(config.model, Path(model_path)))
         self._engine = VllmEngine(
             model_path,
             engine_settings(config),
             receiver_of(config.transport),
-            config.cluster.device,
             config.seed + number,
         )
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         renderer = Renderer(tokenizer, config.max_prompt_tokens, config.model.max_context_tokens)
         self._generator = Generator(self._engine, renderer)
 
-    async def generate(self, request: GroupRequest) -> SampleGroup:
-        return await self._generator.generate(request)
+    async def generate(self, request: GroupRequest) -> tuple[Facts | Aborted, GroupTokens | None, TextGroup | None]:
+        """Three results: what the driver sees, and the tokens and text that it has no need to."""
+        try:
+            made = await self._generator.generate(request)
+        except AbortedError as aborted:
+            return Aborted(aborted.completion_tokens), None, None
+        return Facts(made.samples, made.seconds), made.tokens, made.text
+
+    async def abort(self, group_id: str) -> None:
+        await self._engine.abort(group_id)
+
+    async def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     async def pause(self, clear_kv_cache: bool) -> None:
         await self._engine.pause(clear_kv_cache)
@@ -86,132 +97,81 @@ class RolloutWorker:
         await self._engine.shutdown()
 
 
-class RolloutClient:
-    """Engines and reward workers as one: groups go in as requests and come out scored."""
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the driver sees of a sampled group."""
 
-    def __init__(
-        self, cluster: Cluster, config: RunConfig, model_path: Path, log_dir: Path, graders: list[ActorHandle]
-    ) -> None:
+    samples: tuple[Sample, ...]
+    seconds: float
+
+
+class RayEngine:
+    """`Engine` of the dispatcher over a `RolloutWorker`."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    async def generate(self, request: GroupRequest) -> SampleGroup | Aborted:
+        facts, tokens, text = self._actor.generate.options(num_returns=3).remote(request)
+        found = await awaited(facts, f"sampling group {request.group_id}")
+        if isinstance(found, Aborted):
+            return found
+        stored = RayStored(tokens, text)
+        prompt, mode = request.prompt, request.reasoning_mode
+        return SampleGroup(request.group_id, prompt, mode, found.samples, found.seconds, stored)
+
+    async def abort(self, group_id: str) -> None:
+        await awaited(self._actor.abort.remote(group_id), f"abort of group {group_id}")
+
+
+class RayEngines:
+    """The control calls of a run, made on all its engines at once."""
+
+    def __init__(self, cluster: Cluster, config: RunConfig, model_path: Path, log_dir: Path) -> None:
         self._config = config
-        self._graders = graders
-        self._failures = RewardFailures(log_dir.parent)
-        self._next_grader = itertools.cycle(graders)
-        self._pending: dict[Any, int] = {}  # scored reference -> engine
-        variables = vllm_environment(config.cluster.device, config.rollouts.kv_cache_gib)
-        self.engines = [
+        self._kept_syncs = 0
+        shares_memory = config.transport == "cuda_ipc"
+        device, cache = config.cluster.device, config.rollouts.kv_cache_gib
+        variables = vllm_environment(device, cache, shares_memory=shares_memory)
+        self.actors = [
             ray.remote(RolloutWorker)
             .options(max_concurrency=4096, **cluster.options(role, variables))
             .remote(number, str(model_path), config, log_dir / f"{role.name}.log")
             for number, role in enumerate(r for r in roles(config) if r.name.startswith("engine"))
         ]
-        self._starting = [engine.start.remote() for engine in self.engines]
+        self._starting = [actor.start.remote() for actor in self.actors]
 
     def wait_until_started(self) -> None:
         gather(self._starting, "start of the engines", self._config.cluster.start_deadline_s)
 
-    def submit(self, request: GroupRequest) -> None:
-        """Sample on the engine with the least to do, then score; the group goes from worker to worker directly."""
-        load = [0] * len(self.engines)
-        for engine in self._pending.values():
-            load[engine] += 1
-        number = load.index(min(load))
-        group = self.engines[number].generate.remote(request)
-        grader = next(self._next_grader)
-        self._pending[grader.score.remote(group)] = number
-
-    def completed(self, timeout_s: float) -> list[ScoredGroup]:
-        """Groups that finished; waits for the first one. Empty only after `timeout_s`."""
-        finished, _ = wait_for_any(list(self._pending), timeout_s)
-        for reference in finished:
-            del self._pending[reference]
-        groups = [result(reference, "a rollout or its reward") for reference in finished]
-        return [self._failures.recorded(group) for group in groups]
-
-    def run(self, requests: Sequence[GroupRequest], deadline_s: float) -> list[ScoredGroup]:
-        """All of `requests`, in order, beside whatever else is in flight."""
-        references = []
-        for number, request in enumerate(requests):
-            group = self.engines[number % len(self.engines)].generate.remote(request)
-            references.append(self._graders[number % len(self._graders)].score.remote(group))
-        what = f"sampling {requests[0].group_id} and on" if requests else "sampling"
-        return [self._failures.recorded(group) for group in gather(references, what, deadline_s)]
-
-    def reward_metrics(self, deadline_s: float = 5.0) -> dict[str, float]:
-        """`reward_service/...` of all reward workers as `merged` says, with those that answer within `deadline_s`."""
-        asked = [call.remote() for grader in self._graders for call in (grader.metrics, grader.health)]
-        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=deadline_s) if asked else ([], [])
-        done = set(answered)
-        metrics, health = (
-            [result(reference, "metrics of a reward worker") for reference in part if reference in done]
-            for part in (asked[::2], asked[1::2])
-        )
-        return merged(metrics, health, silent=len(self._graders) - min(len(metrics), len(health)))
+    def metrics(self) -> dict[str, float]:
+        """`engine/...`: load and cache of the engines, summed or at their worst."""
+        stats = self._each("stats", lambda actor: actor.stats.remote())
+        return {**stats_metrics(stats), "engine/kept_syncs": self._kept_syncs}
 
     def pause(self) -> None:
-        clear = self._config.weight_sync.clear_kv_cache
-        self._each("pause", lambda engine: engine.pause.remote(clear))
+        """Stand still before a sync, and forget what the old weights made unless the configuration keeps it."""
+        sync = self._config.weight_sync
+        clear = sync.kv_cache == "recompute" or self._kept_syncs + 1 >= sync.max_kept_syncs
+        self._kept_syncs = 0 if clear else self._kept_syncs + 1
+        self._each("pause", lambda actor: actor.pause.remote(clear))
 
     def resume(self) -> None:
-        self._each("resume", lambda engine: engine.resume.remote())
+        self._each("resume", lambda actor: actor.resume.remote())
 
     def sleep(self) -> None:
-        self._each("sleep", lambda engine: engine.sleep.remote())
+        self._each("sleep", lambda actor: actor.sleep.remote())
 
     def wake(self) -> None:
-        self._each("wake", lambda engine: engine.wake.remote())
+        self._each("wake", lambda actor: actor.wake.remote())
 
     def evidence(self, probe: Sequence[Sequence[int]]) -> list[Evidence]:
         shared = ray.put(probe)
-        return self._each("probe", lambda engine: engine.evidence.remote(shared))
+        return self._each("probe", lambda actor: actor.evidence.remote(shared))
 
     def shutdown(self) -> None:
         """Stop the engines so that nothing of theirs stays in shared memory."""
-        self._each("shutdown", lambda engine: engine.shutdown.remote())
+        self._each("shutdown", lambda actor: actor.shutdown.remote())
 
     def _each(self, what: str, call: Callable[[ActorHandle], Any]) -> list[Any]:
-        return gather([call(e) for e in self.engines], f"engines: {what}", self._config.weight_sync.deadline_s)
-
-
-def merged(metrics: Sequence[Mapping[str, float]], health: Sequence[Any], silent: int) -> dict[str, float]:
-    """Counts and queues of all workers summed; of latencies the worst worker's, as no percentile can be merged.
-
-    `processes`, `processes_busy` and `processes_failed` are of the workers that answered, all but `silent_workers`.
-    """
-    merged: dict[str, float] = {}
-    for key, value in (item for of in metrics for item in of.items()):
-        joined = max if "/latency_" in key else operator.add
-        merged[key] = joined(merged[key], value) if key in merged else value
-    merged["reward_service/processes"] = sum(one.processes for one in health)
-    merged["reward_service/processes_busy"] = sum(one.busy for one in health)
-    merged["reward_service/processes_failed"] = sum(one.failed for one in health)
-    return merged | {"reward_service/silent_workers": silent}
-
-
-class GroupDispatcher:
-    """`Dispatcher` of training groups: adds the sampling settings of the run to each prompt."""
-
-    def __init__(self, client: RolloutClient, config: RunConfig, reasoning_mode: Callable[[int], bool]) -> None:
-        """`reasoning_mode(i)` says in which mode the i-th prompt is asked."""
-        self._client = client
-        self._config = config
-        self._reasoning_mode = reasoning_mode
-        self._count = 0
-
-    def submit(self, group_id: str, prompt: Prompt) -> None:
-        rollouts = self._config.rollouts
-        number, self._count = self._count, self._count + 1
-        self._client.submit(
-            GroupRequest(
-                group_id=group_id,
-                prompt=prompt,
-                reasoning_mode=self._reasoning_mode(number),
-                samples=rollouts.group_size,
-                max_tokens=rollouts.max_completion_tokens,
-                temperature=rollouts.temperature,
-                top_p=rollouts.top_p,
-                top_k=rollouts.top_k,
-            )
-        )
-
-    def completed(self, timeout_s: float) -> list[ScoredGroup]:
-        return self._client.completed(timeout_s)
+        return gather([call(actor) for actor in self.actors], f"engines: {what}", self._config.weight_sync.deadline_s)

@@ -9,15 +9,19 @@ import pytest
 from hypothesis import settings
 
 from rlhf.samples import (
+    GroupTokens,
+    InMemory,
     Prompt,
-    RenderedPrompt,
     RewardOutcome,
     RewardValue,
     Sample,
     SampleGroup,
     ScoredGroup,
+    TextGroup,
+    TextSample,
     VersionSpan,
 )
+from rlhf.thinking import thinks
 
 PROMPT_TOKENS = 2
 
@@ -26,17 +30,34 @@ settings.register_profile("groupwise", deadline=None, derandomize=True, max_exam
 settings.load_profile("groupwise")
 
 
-def sample_of(sample_id: str, completion_tokens: int, version: int) -> Sample:
-    tokens = PROMPT_TOKENS + completion_tokens
-    mask = np.arange(tokens) >= PROMPT_TOKENS
-    return Sample(
-        sample_id=sample_id,
-        token_ids=np.arange(1, tokens + 1, dtype=np.int32),
+def text_of(
+    texts: Sequence[str],
+    *,
+    prompt: Prompt | None = None,
+    group_id: str = "g0",
+    version: int = 0,
+    reasoning_mode: bool = False,
+    completion_tokens: int = 3,
+    truncated: bool = False,
+) -> TextGroup:
+    """A group as rewards see it."""
+    rows = tuple(TextSample(f"{group_id}/{i}", text, completion_tokens, truncated) for i, text in enumerate(texts))
+    return TextGroup(group_id, prompt or prompt_of(group_id), reasoning_mode, version, rows)
+
+
+def prompt_of(group_id: str) -> Prompt:
+    return Prompt(f"prompt-{group_id}", ({"role": "user", "content": "1+1=?"},), "2", "math")
+
+
+def tokens_of(lengths: Sequence[int]) -> GroupTokens:
+    """Two prompt tokens and so many of each completion; token ids count from 1."""
+    whole = [PROMPT_TOKENS + length for length in lengths]
+    mask = np.concatenate([np.zeros(0, bool), *(np.arange(n) >= PROMPT_TOKENS for n in whole)])
+    return GroupTokens(
+        token_ids=np.concatenate([np.zeros(0, np.int32), *(np.arange(1, n + 1, dtype=np.int32) for n in whole)]),
         loss_mask=mask,
         rollout_logprobs=np.where(mask, -0.5, 0.0).astype(np.float32),
-        version_spans=(VersionSpan(version, 0, completion_tokens),),
-        completion=f"the completion of {sample_id}",
-        finish_reason="stop",
+        offsets=np.concatenate([[0], np.cumsum(whole, dtype=np.int64)]),
     )
 
 
@@ -46,14 +67,25 @@ def scored_of(
     group_id: str = "g0",
     completion_tokens: Sequence[int] | None = None,
     version: int = 0,
+    spans: Sequence[tuple[VersionSpan, ...]] | None = None,
+    texts: Sequence[str] | None = None,
 ) -> ScoredGroup:
     """A scored group; a number among `outcomes` is a reward with that value and task value."""
     lengths = completion_tokens or [3] * len(outcomes)
-    samples = tuple(sample_of(f"{group_id}/{i}", n, version) for i, n in enumerate(lengths))
-    prompt = Prompt(f"prompt-{group_id}", ({"role": "user", "content": "1+1=?"},), "2", "math")
-    rendered = RenderedPrompt(prompt, np.arange(1, PROMPT_TOKENS + 1, dtype=np.int32), False)
+    versions = spans or [(VersionSpan(version, 0, length),) for length in lengths]
+    shown = texts or [f"the completion of {group_id}/{i}" for i in range(len(lengths))]
+    samples = tuple(
+        Sample(f"{group_id}/{i}", PROMPT_TOKENS, length, versions[i], "stop", thinks(shown[i]))
+        for i, length in enumerate(lengths)
+    )
+    stored = InMemory(tokens_of(lengths), text_of(shown, group_id=group_id, version=version))
     values = tuple(RewardValue(o, o, {"math": o}) if isinstance(o, int | float) else o for o in outcomes)
-    return ScoredGroup(SampleGroup(group_id, rendered, samples, 0.1), values, 0.01)
+    return ScoredGroup(SampleGroup(group_id, prompt_of(group_id), False, samples, 0.1, stored), values, 0.01)
+
+
+@pytest.fixture(scope="session")
+def make_text() -> Callable[..., TextGroup]:
+    return text_of
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,14 @@ PACKAGES = ("rlhf", "rewards", "rollouts", "benchmarks")
 FILES = ["launch.py", *sorted(str(path.relative_to(ROOT)) for p in PACKAGES for path in (ROOT / p).rglob("*.py"))]
 
 ONLY_IN = {
-    "ray": ("*/worker.py", "rlhf/cluster.py", "launch.py", "benchmarks/*.py"),
+    "ray": ("*/worker.py", "rewards/client.py", "rlhf/cluster.py", "launch.py", "benchmarks/*.py"),
     "deepspeed": ("rlhf/training/deepspeed_engine.py", "rlhf/training/zero_model.py"),
-    "vllm": ("rollouts/vllm_engine.py", "rollouts/weight_receiver.py", "rlhf/weight_sync/transports.py"),
+    "vllm": (
+        "rollouts/vllm_engine.py",
+        "rollouts/weight_receiver.py",
+        "rlhf/weight_sync/transports.py",
+        "benchmarks/rollouts/weight_sync.py",
+    ),
     "wandb": ("rlhf/tracking.py",),
     # A benchmark composes the runs that it starts.
     "hydra": ("launch.py", "benchmarks/*.py"),
@@ -30,6 +35,7 @@ ONLY_IN = {
 NEVER = [("rlhf", "rollouts"), ("rlhf", "rewards"), ("rollouts", "rewards"), ("rewards", "rollouts")]
 NEVER += [("rewards", "torch"), *((package, "launch") for package in PACKAGES)]
 NEVER += [(package, "benchmarks") for package in PACKAGES if package != "benchmarks"]
+WITH_RAY = (".worker", "rewards.client")
 FORMULAS = ("rlhf/advantages", "rlhf/losses")
 
 
@@ -121,7 +127,7 @@ import {modules}
     ids=["formulas", "algorithms", "rewards"],
 )
 def test_what_is_light_can_be_imported_without_what_is_heavy(prefixes: tuple[str, ...], blocked: set[str]) -> None:
-    modules = [name for prefix in prefixes for name in module_names(prefix) if not name.endswith(".worker")]
+    modules = [name for prefix in prefixes for name in module_names(prefix) if not name.endswith(WITH_RAY)]
     program = BLOCKED_PROGRAM.format(blocked=blocked, modules=", ".join(modules))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -115,6 +115,15 @@ def jsonl(tmp_path: Path):
             ["training.offload_optimizer", "zero_stage to 2"],
         ),
         (["training.offload_parameters=true"], ["training.offload_parameters", "zero_stage to 3"]),
+        (["rollouts.engine_args={dtype: float16}"], ["rollouts.engine_args.dtype = float16", "Set model.dtype"]),
+        (["rollouts.engine_args={worker_extension_cls: x}"], ["rollouts.engine_args.worker_extension_cls", "Remove"]),
+        (["rollouts.engine_args={block-size: 16}"], ["rollouts.engine_args.block-size", "Write block_size"]),
+        (["rollouts.pipeline_depth=3", "algorithm=grpo"], ["rollouts.pipeline_depth = 3", "max_staleness + 1 = 1"]),
+        (["rollouts.late_groups=abort"], ["rollouts.late_groups = abort", "max_staleness of 1 or more"]),
+        (["rollouts.late_groups=drop"], ["rollouts.late_groups = 'drop'", "wait, mask, abort"]),
+        (["weight_sync.kv_cache=clear"], ["weight_sync.kv_cache = 'clear'", "recompute, keep"]),
+        (["weight_sync.clear_kv_cache=true"], ["weight_sync.clear_kv_cache", "is not a key of weight_sync"]),
+        (["rollouts.prefix_caching=false"], ["rollouts.prefix_caching", "is not a key of rollouts"]),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key_and_what_to_do(tmp_path, overrides, expected):

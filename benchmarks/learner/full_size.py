@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.isolated import run_zero3_ranks
-from benchmarks.learner.machine import GIB, peak_memory
+from benchmarks.isolated import run_zero3_ranks
+from benchmarks.machine import GIB, peak_memory
 from rlhf.weight_sync.transports import free_port
 
 TOKENS = 8192

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.learner.isolated import isolated
-from benchmarks.learner.machine import GIB, peak_memory
+from benchmarks.isolated import isolated
+from benchmarks.machine import GIB, peak_memory
 from rlhf.losses.logprobs import head_logprobs
 
 WIDTH = 512

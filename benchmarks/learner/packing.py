@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learner.isolated import REPOSITORY
+from benchmarks.isolated import REPOSITORY
 from benchmarks.learner.samples import long_tailed_lengths, write_samples
 from benchmarks.learner.speed import timed_ranks
 from rlhf.batches.packing import BatchPlan, WorkModel, plan_batch

@@ -64,32 +64,11 @@ def run_config(task: Task) -> Any:
     )
 
 
-def groups(path: str) -> list[Any]:
-    """The samples of the file as scored groups of four."""
-    from rlhf.samples import Prompt, RenderedPrompt, RewardValue, Sample, SampleGroup, ScoredGroup, VersionSpan
-
-    stored, random = np.load(path), np.random.default_rng(0)
-    bounds = zip(stored["offsets"][:-1], stored["offsets"][1:], stored["prompt_tokens"], strict=True)
-    samples = []
-    for number, (start, end, prompt) in enumerate(bounds):
-        mask = np.arange(end - start) >= prompt
-        logprobs = np.where(mask, -1.0, 0.0).astype(np.float32)
-        spans = (VersionSpan(0, 0, int(mask.sum())),)
-        samples.append(Sample(str(number), stored["token_ids"][start:end], mask, logprobs, spans, "", "stop"))
-    rendered = RenderedPrompt(Prompt("p", (), "", "math"), np.zeros(1, np.int32), False)
-    found = []
-    for start in range(0, len(samples), 4):
-        chosen = tuple(samples[start : start + 4])
-        values = tuple(RewardValue(float(random.random()), 0.0, {}) for _ in chosen)
-        found.append(ScoredGroup(SampleGroup(str(start), rendered, chosen, 0.0), values, 0.0))
-    return found
-
-
 def step_of_this_api(task: Task, config: Any) -> Callable[[], int]:
-    """Since batches are ragged."""
+    """Since batches are ragged. Groups of four samples follow each other in the file."""
     from rlhf.algorithms.grpo_icepop import GrpoIcePop
     from rlhf.batches.packing import WorkModel, plan_batch
-    from rlhf.batches.ragged import rollout_batch
+    from rlhf.batches.ragged import RolloutSequences, ScoredSamples
     from rlhf.config import AlgorithmConfig
     from rlhf.models import policy_config
     from rlhf.protocols import StageSetup
@@ -100,19 +79,57 @@ def step_of_this_api(task: Task, config: Any) -> Callable[[], int]:
     chosen = AlgorithmConfig(**ALGORITHM)
     setup = StageSetup(Path(task.model), config.stages["rl"].optimizer, 1000, chosen)
     stage, algorithm = loaded.begin_stage(setup), GrpoIcePop()
-    scored, work = groups(task.samples), WorkModel.of(policy_config(task.model))
+    stored, work = np.load(task.samples), WorkModel.of(policy_config(task.model))
+    offsets, number = stored["offsets"], np.arange(len(stored["prompt_tokens"]))
+    lengths = np.diff(offsets)
+    mask = np.concatenate([np.arange(n) >= p for n, p in zip(lengths, stored["prompt_tokens"], strict=True)])
+    sequences = RolloutSequences(
+        token_ids=stored["token_ids"],
+        loss_mask=mask,
+        offsets=offsets,
+        rollout_logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
+        sample_index=number,
+        staleness=np.zeros_like(number),
+    )
+    samples = ScoredSamples(
+        rewards=torch.from_numpy(np.random.default_rng(0).random(len(number), np.float32)),
+        correct=torch.zeros(len(number), dtype=torch.bool),
+        group_index=torch.from_numpy(number // 4),
+        completion_tokens=torch.from_numpy(lengths - stored["prompt_tokens"]),
+        staleness=torch.zeros(len(number), dtype=torch.int64),
+    )
 
     def step() -> int:
-        batch = rollout_batch(scored, 0, 1.0)
-        plan = plan_batch(batch.sequences, task.ranks, config.token_budget, work)
+        plan = plan_batch(sequences, task.ranks, config.token_budget, work)
         index = plan.index[task.rank]
-        [kl] = stage.online.hold([plan.shares(batch.sequences)[task.rank]])
-        advantages = algorithm.advantages(batch.samples, torch.zeros(len(batch.samples)))
-        weights = algorithm.sample_weights(batch.samples.completion_tokens)
+        [kl] = stage.online.hold([plan.shares(sequences)[task.rank]])
+        advantages = algorithm.advantages(samples, torch.zeros(len(samples)))
+        weights = algorithm.sample_weights(samples.completion_tokens)
         assert len(kl) == len(index)
         return stage.online.update(0, advantages.numpy()[index], weights.numpy()[index]).trained_tokens
 
     return step
+
+
+def groups_of_padded_api(path: str) -> list[Any]:
+    """The samples of the file as scored groups of four."""
+    names = import_module("rlhf.samples")
+    stored, random = np.load(path), np.random.default_rng(0)
+    bounds = zip(stored["offsets"][:-1], stored["offsets"][1:], stored["prompt_tokens"], strict=True)
+    samples = []
+    for number, (start, end, prompt) in enumerate(bounds):
+        mask = np.arange(end - start) >= prompt
+        logprobs = np.where(mask, -1.0, 0.0).astype(np.float32)
+        spans = (names.VersionSpan(0, 0, int(mask.sum())),)
+        tokens = stored["token_ids"][start:end]
+        samples.append(names.Sample(str(number), tokens, mask, logprobs, spans, "", "stop"))
+    rendered = names.RenderedPrompt(names.Prompt("p", (), "", "math"), np.zeros(1, np.int32), False)
+    found = []
+    for start in range(0, len(samples), 4):
+        chosen = tuple(samples[start : start + 4])
+        values = tuple(names.RewardValue(float(random.random()), 0.0, {}) for _ in chosen)
+        found.append(names.ScoredGroup(names.SampleGroup(str(start), rendered, chosen, 0.0), values, 0.0))
+    return found
 
 
 def step_of_padded_api(task: Task, config: Any) -> Callable[[], int]:
@@ -123,7 +140,7 @@ def step_of_padded_api(task: Task, config: Any) -> Callable[[], int]:
     chosen = import_module("rlhf.config").AlgorithmConfig(**ALGORITHM)
     rank.join("127.0.0.1", task.port)
     rank.load(Path(task.model), config.stages["rl"].optimizer, 1000, chosen)
-    scored, algorithm = groups(task.samples), algorithms.build(chosen.name, chosen.hyperparameters)
+    scored, algorithm = groups_of_padded_api(task.samples), algorithms.build(chosen.name, chosen.hyperparameters)
 
     def step() -> int:
         batch = batches.rollout_batch(scored, 0, 1.0)

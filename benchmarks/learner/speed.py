@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.isolated import REPOSITORY, finish, isolated, start_script
+from benchmarks.isolated import REPOSITORY, finish, isolated, start_script
 from benchmarks.learner.logprob_memory import naive_logprobs
-from benchmarks.learner.machine import matmul_gflops
 from benchmarks.learner.samples import uniform_lengths, write_samples
+from benchmarks.machine import matmul_gflops
 from rlhf.config import Exaone4TinyModel, SmolLM2Model
 from rlhf.models import policy_config, prepare_model
 from rlhf.weight_sync.transports import free_port

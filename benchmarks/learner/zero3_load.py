@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.isolated import run_zero3_ranks
-from benchmarks.learner.machine import GIB, anonymous_bytes, peak_memory
+from benchmarks.isolated import run_zero3_ranks
+from benchmarks.machine import GIB, anonymous_bytes, peak_memory
 from rlhf.weight_sync.transports import free_port
 
 # name -> (width, layers); vocabulary 16,384, untied head

@@ -9,19 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlhf.errors import DataError
 from rlhf.samples import (
     Abstained,
     Prompt,
-    RenderedPrompt,
     RewardFailed,
     RewardOutcome,
     RewardValue,
-    Sample,
-    SampleGroup,
-    VersionSpan,
+    TextGroup,
+    TextSample,
 )
 from rlhf.thinking import THINK_OPEN
 
@@ -192,25 +188,12 @@ def grouped(rows: Iterator[Row]) -> Iterator[list[Row]]:
             yield group
 
 
-def sample_group(rows: Sequence[Row], reward: str) -> SampleGroup:
-    """Rows of one prompt as the samples that a scorer takes."""
+def text_group(rows: Sequence[Row], reward: str) -> TextGroup:
+    """Rows of one prompt as the group that a scorer takes."""
     first = rows[0]
     prompt = Prompt(first.place, first.messages, first.answer, reward, first.metadata)
-    rendered = RenderedPrompt(prompt, np.zeros(1, np.int32), first.reasoning_mode)
-    return SampleGroup(first.place, rendered, tuple(map(_sample, rows)), 0.0)
-
-
-def _sample(row: Row) -> Sample:
-    length = row.completion_tokens + 1
-    return Sample(
-        sample_id=row.place,
-        token_ids=np.zeros(length, np.int32),
-        loss_mask=np.arange(length) > 0,
-        rollout_logprobs=np.zeros(length, np.float32),
-        version_spans=(VersionSpan(0, 0, row.completion_tokens),),
-        completion=row.completion,
-        finish_reason="length" if row.truncated else "stop",
-    )
+    samples = tuple(TextSample(row.place, row.completion, row.completion_tokens, row.truncated) for row in rows)
+    return TextGroup(first.place, prompt, first.reasoning_mode, 0, samples)
 
 
 def result_of(outcome: RewardOutcome, reward: str, seconds: float) -> dict[str, Any]:

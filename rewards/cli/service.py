@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from rewards.cli.rows import Row, grouped, result_of, sample_group
+from rewards.cli.rows import Row, grouped, result_of, text_group
 from rewards.scorer import Scorer
 from rlhf.config import RewardComponent, RewardsConfig
 from rlhf.errors import ConfigError
@@ -48,7 +48,7 @@ class RowService:
     def threads(self) -> int:
         """As many calls as the grader processes have use for."""
         beside = any(self.scorer.rewards[name].is_async for name in self.config.components)
-        return self.config.processes + (self.config.async_calls if beside else 0)
+        return self.config.process_count + (self.config.async_calls if beside else 0)
 
     def units(self, name: str, rows: Iterable[Row]) -> Iterator[list[Row]]:
         """What is judged at once: one row, or for a group reward those of one prompt that follow each other."""
@@ -56,8 +56,8 @@ class RowService:
 
     def judged(self, name: str, unit: Sequence[Row]) -> list[Result]:
         """The results of one of `units`."""
-        scored = self.scorer.score(sample_group(unit, name))
-        outcomes = [result_of(outcome, name, scored.score_s) for outcome in scored.outcomes]
+        scored = self.scorer.score(text_group(unit, name))
+        outcomes = [result_of(outcome, name, scored.seconds) for outcome in scored.outcomes]
         return [Result(row, outcome) for row, outcome in zip(unit, outcomes, strict=True)]
 
     def results(self, name: str, rows: Iterable[Row]) -> Iterator[Result]:

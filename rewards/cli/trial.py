@@ -170,7 +170,7 @@ class Trial:
             if _essence(result.outcome) != _essence(before):
                 seen = f"{result.row.place}: alone {_shown(before)}, among others {_shown(result.outcome)}"
                 return Finding("concurrency", "FAIL", seen, "Keep no state between calls, in globals, files or ports.")
-        seen = f"{len(units)} calls, {THREADS} at a time in {self.service.config.processes} processes, are equal"
+        seen = f"{len(units)} calls, {THREADS} at a time in {self.service.config.process_count} processes, are equal"
         return Finding("concurrency", "ok", seen)
 
     def hostile_completions(self) -> Finding:

@@ -109,6 +109,17 @@ METRICS: Mapping[str, Mapping[str, str]] = {
         "policy/kl_nats": "k1 to the reference; only with `kl.coefficient` > 0",
         "sync/s": "seconds to publish new weights, of which `sync/pause_s` without generation; `sync/bytes` their size",
         "sync/probe_max_gap_nats": "largest log-prob gap of learner and engines on the probe",
+        "dispatch/in_flight": "groups being sampled or scored when the step was taken; `dispatch/ready` those that "
+        "wait for a step, `dispatch/waiting` those that wait for an engine",
+        "dispatch/dispatched": "groups dispatched since the step before",
+        "dispatch/acceptance": "share of the latest groups that can train",
+        "dispatch/aborted": "groups aborted since the step before, `dispatch/aborted/<reason>` by reason; "
+        "`dispatch/aborted_tokens_mean` their completion tokens up to then",
+        "engine/running": "requests that run on all engines; `engine/waiting` those that wait",
+        "engine/cache_usage_max": "share in use of the fullest key-value cache; `engine/preemptions` requests that "
+        "had to give theirs up",
+        "engine/prefix_hit_rate": "share of prompt tokens found in the prefix cache",
+        "engine/kept_syncs": "syncs since the key-value cache was last recomputed",
         "ledger/<state>": "groups in each state since the start of the stage",
     },
     "Every `collect` and `filter` stage, once": {

@@ -5,14 +5,22 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from rlhf.batches.ragged import Sequences
+from rlhf.batches.ragged import Sequences, StoredSequences
 
-S = TypeVar("S", bound=Sequences)
-S_co = TypeVar("S_co", bound=Sequences, covariant=True)
+
+class Selectable(Protocol):
+    """Sequences, with their tokens or without."""
+
+    def select(self, index: np.ndarray) -> Self: ...
+
+
+S = TypeVar("S", bound=Selectable)
+S_co = TypeVar("S_co", bound=Selectable, covariant=True)
+WithTokens = TypeVar("WithTokens", bound=Sequences)
 
 _PADDED_SLOTS = 1 << 24
 """Most slots of the padded scalars [B, T] of a micro-batch: 64 MiB for each float32 tensor that formulas see."""
@@ -68,7 +76,7 @@ class Share(Generic[S_co]):
     batch: S_co
     counts: tuple[int, ...]
 
-    def micro_batches(self) -> Iterator[S_co]:
+    def micro_batches(self: Share[WithTokens]) -> Iterator[WithTokens]:
         return self.batch.split(self.counts)
 
 
@@ -112,14 +120,14 @@ class _Bin:
         self.width = max(self.width, slots)
 
 
-def plan_batch(sequences: Sequences, ranks: int, token_budget: int, work: WorkModel) -> BatchPlan:
+def plan_batch(sequences: Sequences | StoredSequences, ranks: int, token_budget: int, work: WorkModel) -> BatchPlan:
     """Deal every sequence to one micro-batch; a unit stays whole.
 
     A micro-batch has at most `token_budget` tokens, unless a single unit has more: that one trains alone. Micro-batches
     are filled longest unit first, each time the one with the least work so far, so that all have like work. Their
     number is a multiple of `ranks`: the first for which that fits, counted up from the fewest that can hold all tokens.
     """
-    size = type(sequences).unit_size
+    size = sequences.unit_size
     lengths = sequences.lengths.reshape(-1, size)
     tokens, longest = lengths.sum(-1), lengths.max(-1, initial=1)
     cost = work(lengths).sum(-1)

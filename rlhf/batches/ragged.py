@@ -1,7 +1,8 @@
 """The records that travel to the learners: flat token arrays with offsets, without a padded slot.
 
-    ScoredGroup -> RolloutBatch = ScoredSamples + RolloutSequences -> TrainSequences       online
-    SupervisedSequences | PreferenceSequences | PairSequences                              from stored completions
+    ScoredGroup -> RolloutBatch = ScoredSamples + StoredSequences            online, on the driver
+                   StoredSequences -> RolloutSequences -> TrainSequences     online, on a learner rank
+    SupervisedSequences | PreferenceSequences | PairSequences                from stored completions
 
 `S` tokens of `N` sequences; sequence n has the tokens `offsets[n] <= t < offsets[n + 1]`. An array over tokens is
 aligned with `token_ids`: entry t belongs to token t. The first token of a sequence has log-prob 0 and never trains.
@@ -18,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.samples import PreferenceGroup, PreferencePair, PreferenceUnit, ScoredGroup, TokenizedExample
+from rlhf.samples import (
+    PreferenceGroup,
+    PreferencePair,
+    PreferenceUnit,
+    RewardValue,
+    Sample,
+    ScoredGroup,
+    Stored,
+    TokenizedExample,
+)
 
 SampleWeights = Callable[[Tensor], Tensor]
 """Trained tokens [N] of each sample of an optimiser step -> the weight [N] of its token losses."""
@@ -106,6 +116,68 @@ class RolloutSequences(Sequences):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredSequences:
+    """Sampled sequences whose tokens are still where they were made; all arrays int64 [N].
+
+    Sequence n is number `place[n]` of the group at `stored[group[n]]`, has `lengths[n]` tokens, and belongs to sample
+    `sample_index[n]`; `staleness` is that of the oldest token that trains. The first `masked[n]` tokens of its
+    completion do not, because they are too old.
+    """
+
+    unit_size: ClassVar[int] = 1
+
+    stored: tuple[Stored, ...]
+    group: np.ndarray
+    place: np.ndarray
+    lengths: np.ndarray
+    sample_index: np.ndarray
+    staleness: np.ndarray
+    masked: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, index: np.ndarray) -> Self:
+        """The sequences at `index` int64 [n], in that order, with no more groups than they need."""
+        groups, group = np.unique(self.group[index], return_inverse=True)
+        return replace(
+            self,
+            stored=tuple(self.stored[number] for number in groups),
+            group=group,
+            place=self.place[index],
+            lengths=self.lengths[index],
+            sample_index=self.sample_index[index],
+            staleness=self.staleness[index],
+            masked=self.masked[index],
+        )
+
+    def fetched(self) -> RolloutSequences:
+        """The sequences with their tokens."""
+        groups = [stored.tokens() for stored in self.stored]
+        if not groups:
+            none = np.zeros(0, np.float32)
+            empty = Sequences(none.astype(np.int32), none.astype(bool), np.zeros(1, np.int64))
+            return RolloutSequences(**_fields(empty), rollout_logprobs=none, **self._by_sequence())
+        bounds = [groups[g].offsets[p : p + 2] for g, p in zip(self.group, self.place, strict=True)]
+        parts = [(groups[g], slice(*bound)) for g, bound in zip(self.group, bounds, strict=True)]
+        loss_mask = np.concatenate([group.loss_mask[where] for group, where in parts])
+        offsets = _offsets(self.lengths)
+        for number in np.flatnonzero(self.masked):
+            mine = loss_mask[offsets[number] : offsets[number + 1]]
+            mine[np.flatnonzero(mine)[: self.masked[number]]] = False
+        return RolloutSequences(
+            token_ids=np.concatenate([group.token_ids[where] for group, where in parts]),
+            loss_mask=loss_mask,
+            offsets=offsets,
+            rollout_logprobs=np.concatenate([group.rollout_logprobs[where] for group, where in parts]),
+            **self._by_sequence(),
+        )
+
+    def _by_sequence(self) -> dict[str, np.ndarray]:
+        return {"sample_index": self.sample_index, "staleness": self.staleness}
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSequences(RolloutSequences):
     """One optimiser step of a rank. `advantages`, `weights` float32 [N]; the learner's own log-probs float32.
 
@@ -174,37 +246,55 @@ class ScoredSamples:
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
-    """The samples of one rollout step: their numbers for the controller, their tokens for the learners."""
+    """The samples of one rollout step: their numbers for the controller, and where the learners find their tokens."""
 
     samples: ScoredSamples
-    sequences: RolloutSequences
+    sequences: StoredSequences
 
 
-def rollout_batch(groups: Sequence[ScoredGroup], version: int, correct_at: float) -> RolloutBatch:
+def rollout_batch(
+    groups: Sequence[ScoredGroup], version: int, correct_at: float, max_staleness: int | None = None
+) -> RolloutBatch:
     """The samples of `groups` that have a reward; `version` is the learner's weight version now.
 
-    A sample is correct when its task value is at least `correct_at`.
+    A sample is correct when its task value is at least `correct_at`. Tokens of weights more than `max_staleness`
+    versions old do not train; a sample without any other is left out.
     """
-    scored = [(number, sample, value) for number, group in enumerate(groups) for sample, value in group.valued]
-    samples = [sample for _, sample, _ in scored]
-    staleness = np.array([version - sample.first_version for sample in samples])
+    oldest = version if max_staleness is None else version - max_staleness
+    rows = [
+        (number, place, sample, value, 0 if max_staleness is None else sample.tokens_before(oldest))
+        for number, group in enumerate(groups)
+        for place, (sample, value) in enumerate(zip(group.group.samples, group.outcomes, strict=True))
+        if isinstance(value, RewardValue)
+    ]
+    rows = [row for row in rows if row[4] < row[2].completion_tokens]
+    samples, values, masked = [row[2] for row in rows], [row[3] for row in rows], np.array([row[4] for row in rows])
+    staleness = np.array([version - _trained_from(row[2], row[4]) for row in rows])
+    group_index = np.array([row[0] for row in rows])
+    lengths = np.array([sample.completion_tokens for sample in samples])
     return RolloutBatch(
         ScoredSamples(
-            rewards=torch.tensor([value.value for _, _, value in scored], dtype=torch.float32),
-            correct=torch.tensor([value.task >= correct_at for _, _, value in scored]),
-            group_index=torch.tensor([number for number, _, _ in scored]),
-            completion_tokens=torch.tensor([sample.completion_tokens for sample in samples]),
+            rewards=torch.tensor([value.value for value in values], dtype=torch.float32),
+            correct=torch.tensor([value.task >= correct_at for value in values]),
+            group_index=torch.from_numpy(group_index),
+            completion_tokens=torch.from_numpy(lengths - masked),
             staleness=torch.from_numpy(staleness),
         ),
-        RolloutSequences(
-            token_ids=np.concatenate([sample.token_ids for sample in samples]),
-            loss_mask=np.concatenate([sample.loss_mask for sample in samples]),
-            offsets=_offsets([len(sample.token_ids) for sample in samples]),
-            rollout_logprobs=np.concatenate([sample.rollout_logprobs for sample in samples]),
-            sample_index=np.arange(len(samples)),
+        StoredSequences(
+            stored=tuple(group.group.stored for group in groups),
+            group=group_index,
+            place=np.array([row[1] for row in rows]),
+            lengths=lengths + np.array([sample.prompt_tokens for sample in samples]),
+            sample_index=np.arange(len(rows)),
             staleness=staleness,
+            masked=masked,
         ),
     )
+
+
+def _trained_from(sample: Sample, masked: int) -> int:
+    """The version of the first completion token after `masked` ones."""
+    return next(span.version for span in sample.version_spans if span.end > masked)
 
 
 def train_sequences(
@@ -287,7 +377,7 @@ def _weights(sequences: Sequences, weigh: SampleWeights) -> Tensor:
     return weigh(torch.from_numpy(sequences.trained_tokens))
 
 
-def _offsets(lengths: Sequence[int]) -> np.ndarray:
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 

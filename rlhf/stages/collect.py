@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -60,7 +61,7 @@ def _reused(context: Context, stage: CollectStage, fresh: int) -> list[Selected]
 def _check_budget(budget: float, arrivals: Arrivals, scored: ScoredGroup) -> None:
     samples = len(arrivals.completion_tokens)
     # A first group of eight alone must not stop a run because one reward of it failed.
-    if scored.failure_report and arrivals.failed > budget * max(samples, 1024):
+    if scored.failed and arrivals.failed > budget * max(samples, 1024):
         raise RewardFailureError(
             f"rewards.error_budget = {budget}: {arrivals.failed} of {samples} rewards failed. Last: "
             f"{scored.failure_report}"
@@ -78,9 +79,10 @@ def _log(
     counts = {f"collect/without/{reason}": count for reason, count in sorted(reasons.items())}
     context.tracker.log({**arrivals.metrics(), "collect/picked": len(picked), **counts}, stage=name, step=0)
     chosen = {sample for record in picked for sample in record.sample_ids}
-    shown = (row for scored in groups for row in sample_rows(scored, None, "", context.config.rewards.correct_at))
-    rows = [row | {"ledger_state": "picked" if row["sample_id"] in chosen else "left out"} for row in shown]
-    context.tracker.log_samples(rows[: context.config.tracking.samples_per_table], stage=name, step=0)
+    rows = (row for scored in groups for row in sample_rows(scored, None, "", context.config.rewards.correct_at))
+    shown = itertools.islice(rows, context.config.tracking.samples_per_table)
+    marked = [row | {"ledger_state": "picked" if row["sample_id"] in chosen else "left out"} for row in shown]
+    context.tracker.log_samples(marked, stage=name, step=0)
 
 
 def _described(stage: CollectStage, picked: list[Selected], reasons: Counter[Reason], reused: int, path: Path) -> str:

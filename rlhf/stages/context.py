@@ -59,9 +59,9 @@ class StageData(Protocol):
 class Parts:
     """Everything a pipeline drives.
 
-    `connect()` opens the weight transport once a model is loaded. `reward_metrics()` are those of the reward service
-    under `reward_service/` and of the run's servers under `server/`. `modes` are the reasoning modes to evaluate, the
-    one that RL trains first.
+    `connect()` opens the weight transport once a model is loaded. `service_metrics()` are those of the reward service
+    under `reward_service/`, of the run's servers under `server/` and of the engines under `engine/`. `modes` are the
+    reasoning modes to evaluate, the one that RL trains first.
     """
 
     learners: LearnerGroup
@@ -69,7 +69,7 @@ class Parts:
     evaluator: Evaluator
     data: StageData
     connect: Callable[[], None]
-    reward_metrics: Callable[[], Mapping[str, float]]
+    service_metrics: Callable[[], Mapping[str, float]]
     modes: tuple[bool, ...]
     turns: GpuTurns | None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,21 +29,22 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
         learners=context.parts.learners,
         publisher=context.parts.publisher,
         algorithm=algorithm,
-        ledger=ledger,
         correct_at=context.config.rewards.correct_at,
+        max_staleness=context.config.rollouts.max_staleness,
         updates_per_step=stage.updates_per_step,
         dump=lambda failed: torch.save(failed, context.run_dir / "non_finite_batch.pt"),
         phase=context.phases(),
     )
     with context.console.stage(name, stage.steps) as progress:
         for record in controller.steps(stage.steps):
-            metrics = {**step_metrics(record, ledger, controller.phase), **context.parts.reward_metrics()}
+            metrics = {**step_metrics(record, ledger, controller.phase), **context.parts.service_metrics()}
             metrics |= scheduled_weights(context.config.rewards, record)
             totals.add(record, metrics)
             context.tracker.log(metrics, stage=name, step=record.step)
             progress.advance(record.step + 1, metrics, controller.phase.step)
             _log_samples(context, name, record)
             _evaluate_during(context, name, stage, record.step + 1)
+    controller.rollouts.close()
     figures = totals.summary(stage.steps, controller.rollouts.sampled_tokens, ledger, controller.phase)
     ledger.shutdown()
     return Outcome(stage.steps, totals.trained_tokens, {"rl": figures})
@@ -59,11 +61,17 @@ def _log_samples(context: Context, name: str, record: StepRecord) -> None:
     tracking = context.config.tracking
     if not tracking.samples_every or record.step % tracking.samples_every:
         return
-    advantages, rows = sample_advantages(record), []
-    for group in record.groups:
-        shown = [advantages.get(sample.sample_id, 0.0) for sample in group.group.samples]
-        rows += sample_rows(group, shown, "trained", context.config.rewards.correct_at)
-    context.tracker.log_samples(rows[: tracking.samples_per_table], stage=name, step=record.step)
+    advantages, correct_at = sample_advantages(record), context.config.rewards.correct_at
+    rows = (
+        row
+        for group in record.groups
+        for row in sample_rows(
+            group, [advantages.get(s.sample_id, 0.0) for s in group.group.samples], "trained", correct_at
+        )
+    )
+    # The text of a group is fetched when its rows are drawn: of no more groups than the table shows.
+    shown = list(itertools.islice(rows, tracking.samples_per_table))
+    context.tracker.log_samples(shown, stage=name, step=record.step)
 
 
 def _evaluate_during(context: Context, name: str, stage: RlStage, done: int) -> None:

@@ -13,11 +13,11 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from rlhf.batches.packing import BatchPlan, Share, WorkModel, plan_batch
-from rlhf.batches.ragged import OptimiserStep, RolloutBatch, RolloutSequences, Sequences
+from rlhf.batches.ragged import OptimiserStep, RolloutBatch, Sequences, StoredSequences
 from rlhf.cluster import Cluster, gather, redirect_output, roles
 from rlhf.config import RunConfig
 from rlhf.metrics import merged
-from rlhf.models import policy_config
+from rlhf.models import on_this_machine, policy_config
 from rlhf.protocols import StageSetup, UpdateReport
 from rlhf.training.deepspeed_engine import environment
 from rlhf.training.learner import RankReport
@@ -50,7 +50,7 @@ class LearnerWorker:
 
     def load_model(self, model_path: Path) -> None:
         with explained_memory(self._config, "load_model"):
-            self._loaded = LoadedRank(self._number, self._config, model_path)
+            self._loaded = LoadedRank(self._number, self._config, on_this_machine(self._config.model, model_path))
 
     def connect(self, engines: list[ActorHandle], ranks_per_engine: int, deadline_s: float) -> None:
         self._sender = self._loaded.connect(RayEngineClient(engines, ranks_per_engine, deadline_s))
@@ -73,9 +73,9 @@ class LearnerWorker:
         with explained_memory(self._config, "update"):
             return self._stage.learner.update(share)
 
-    def hold(self, shares: list[Share[RolloutSequences]]) -> list[np.ndarray]:
+    def hold(self, shares: list[Share[StoredSequences]]) -> list[np.ndarray]:
         with explained_memory(self._config, "hold"):
-            return self._stage.online.hold(shares)
+            return self._stage.online.hold([Share(share.batch.fetched(), share.counts) for share in shares])
 
     def update_held(self, number: int, advantages: np.ndarray, weights: np.ndarray) -> RankReport:
         with explained_memory(self._config, "update"):
@@ -185,7 +185,7 @@ class RayLearnerGroup:
     def evidence(self, version: int, probe: Sequence[Sequence[int]]) -> Evidence:
         return self._all("learner evidence", lambda worker: worker.evidence.remote(version, probe))[0]
 
-    def _plan(self, batch: Sequences) -> BatchPlan:
+    def _plan(self, batch: Sequences | StoredSequences) -> BatchPlan:
         return plan_batch(batch, self._ranks, self._config.token_budget, self._work)
 
     def _all(self, what: str, call: Callable[[Any], Any], deadline_s: float | None = None) -> list[Any]:

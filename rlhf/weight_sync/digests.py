@@ -24,7 +24,9 @@ class Digests:
         self._found: dict[str, tuple[str, str | Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        value = device_sum(tensor) if tensor.is_cuda else xxhash.xxh3_64_hexdigest(tensor_bytes(tensor))
+        value = (
+            device_sum(tensor) if tensor.is_cuda else xxhash.xxh3_64_hexdigest(memoryview(tensor_bytes(tensor).data))
+        )
         self._found[name] = (_kind(tensor), value)
 
     def copy_from(self, other: Digests, name: str) -> None:

@@ -28,15 +28,17 @@ from rlhf.batches.ragged import (  # noqa: E402
 from rlhf.config import AlgorithmConfig, RunConfig  # noqa: E402
 from rlhf.protocols import StageSetup  # noqa: E402
 from rlhf.samples import (  # noqa: E402
+    GroupTokens,
+    InMemory,
     PreferenceGroup,
     PreferencePair,
     PreferenceUnit,
     Prompt,
-    RenderedPrompt,
     RewardValue,
     Sample,
     SampleGroup,
     ScoredGroup,
+    TextGroup,
     TokenizedExample,
     VersionSpan,
 )
@@ -90,18 +92,28 @@ def tokens(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def groups(random: np.random.Generator) -> list[ScoredGroup]:
-    rendered = RenderedPrompt(Prompt("p", (), "", "math"), np.zeros(1, np.int32), False)
     found = []
     for number in range(4):
-        samples = []
-        for place in range(int(random.integers(2, 5))):
-            token_ids, mask = tokens(random)
-            logprobs = np.where(mask, -5.5 + 0.3 * random.standard_normal(len(mask)), 0).astype(np.float32)
-            spans = (VersionSpan(0, 0, int(mask.sum())),)
-            samples.append(Sample(f"{number}/{place}", token_ids, mask, logprobs, spans, "", "stop"))
+        made = [tokens(random) for _ in range(int(random.integers(2, 5)))]
+        mask = np.concatenate([one for _, one in made])
+        stored = GroupTokens(
+            token_ids=np.concatenate([token_ids for token_ids, _ in made]),
+            loss_mask=mask,
+            rollout_logprobs=np.where(mask, -5.5 + 0.3 * random.standard_normal(len(mask)), 0).astype(np.float32),
+            offsets=np.concatenate([[0], np.cumsum([len(one) for _, one in made])]),
+        )
+        samples = tuple(sample(f"{number}/{place}", one) for place, (_, one) in enumerate(made))
         values = tuple(RewardValue(float(random.random()), 0.0, {}) for _ in samples)
-        found.append(ScoredGroup(SampleGroup(str(number), rendered, tuple(samples), 0.0), values, 0.0))
+        prompt = Prompt("p", (), "", "math")
+        text = TextGroup(str(number), prompt, False, 0, ())
+        group = SampleGroup(str(number), prompt, False, samples, 0.0, InMemory(stored, text))
+        found.append(ScoredGroup(group, values, 0.0))
     return found
+
+
+def sample(sample_id: str, mask: np.ndarray) -> Sample:
+    completion = int(mask.sum())
+    return Sample(sample_id, len(mask) - completion, completion, (VersionSpan(0, 0, completion),), "stop")
 
 
 def example(random: np.random.Generator) -> TokenizedExample:
@@ -137,7 +149,7 @@ def online_step(
     stage: StageRank, algorithm: OnlineAlgorithm, batch: RolloutBatch, budget: int, recomputed: bool
 ) -> RankReport:
     """One rollout step with one update, as the group of all ranks does it."""
-    sequences = batch.sequences
+    sequences = batch.sequences.fetched()
     plan = plan_batch(sequences, RANKS, budget, WorkModel())
     share = plan.shares(sequences)[RANK]
     [kl] = stage.online.hold([share])

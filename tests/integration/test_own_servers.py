@@ -29,7 +29,7 @@ from rewards.scorer import Scorer
 from rewards.servers.local import running
 from rlhf.config import Exaone4TinyModel, RewardsConfig, ServerConfig
 from rlhf.models import prepare_model
-from rlhf.samples import RewardFailed, RewardValue, SampleGroup, ScoredGroup
+from rlhf.samples import Prompt, RewardFailed, RewardValue, TextGroup
 from rlhf.servers import KEY_VARIABLE
 from tests.rewards.judge_server import JudgeServer, ask, ask_many, compares, serving
 
@@ -226,12 +226,12 @@ def test_canaries_reach_the_server(judge_server: JudgeServer, endpoint: Given) -
 
 
 def test_a_scorer_masks_and_counts_what_the_judge_cannot_say(
-    endpoint: Given, make_scored: Callable[..., ScoredGroup]
+    endpoint: Given, make_text: Callable[..., TextGroup]
 ) -> None:
     component: Given = {"deadline_s": 150.0, "retries": 0, "params": {"endpoint": endpoint}}
     scorer = Scorer(RewardsConfig.model_validate({"components": {"judge": component}}))
     try:
-        outcomes = scorer.score(judged_group(make_scored)).outcomes
+        outcomes = scorer.score(judged_group(make_text)).outcomes
         metrics = scorer.metrics()
     finally:
         scorer.close()
@@ -241,12 +241,10 @@ def test_a_scorer_masks_and_counts_what_the_judge_cannot_say(
     assert metrics["reward_service/judge/errors/raised"] == 2
 
 
-def judged_group(make_scored: Callable[..., ScoredGroup]) -> SampleGroup:
+def judged_group(make_text: Callable[..., TextGroup]) -> TextGroup:
     """Two completions that are judged and one that fails a gate."""
-    group = make_scored((0.0, 0.0, 0.0)).group
-    rendered = replace(group.rendered, prompt=replace(group.rendered.prompt, reward="judge", answer="Paris"))
-    samples = (*group.samples[:2], replace(group.samples[2], completion=":"))
-    return replace(group, rendered=rendered, samples=samples)
+    prompt = Prompt("p", ({"role": "user", "content": "1+1=?"},), "Paris", "judge")
+    return make_text(("the completion of g0/0", "the completion of g0/1", ":"), prompt=prompt)
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

@@ -208,7 +208,8 @@ def test_a_run_trains_evaluates_saves_and_leaves_nothing_behind(finished: EndedR
     rl, ledger = summary["rl"], summary["rl"]["ledger"]
     assert rl["steps"] == 3
     assert ledger["trained"] == 12
-    assert ledger["trained"] + ledger["filtered"] == ledger["dispatched"] == rl["groups_dispatched"]
+    ended = ledger["trained"] + ledger["filtered"] + ledger["aborted"]
+    assert ended == ledger["dispatched"] == rl["groups_dispatched"]
     assert abs(rl["mismatch_kl_nats"]) < 1e-5
     for record in metrics(finished.root, "rl"):
         if "mismatch/abs_gap_nats" in record:

@@ -23,7 +23,7 @@ from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.publisher import WeightPublisher
 from rlhf.weight_sync.transports import RayTransport, free_port, open_transport
-from rollouts.engine import SamplingRequest
+from rollouts.engine import AbortedError, Sampling
 from rollouts.vllm_engine import VllmEngine, engine_settings
 
 pytestmark = pytest.mark.integration
@@ -77,7 +77,7 @@ class Stack:
         self.config = run_config(tied)
         model = prepare_model(self.config.model, 0, directory / "model")
         settings = engine_settings(self.config)
-        self.client = InProcessEngine(lambda: VllmEngine(str(model), settings, "ray", "cpu", 0))
+        self.client = InProcessEngine(lambda: VllmEngine(str(model), settings, "ray", 0))
         if not torch.distributed.is_initialized():
             join(0, self.config, "127.0.0.1", free_port())
         self.rank = LoadedRank(0, self.config, model)
@@ -105,6 +105,10 @@ class Stack:
 
     def honest(self):
         return self.publish(open_transport)
+
+    def sampled(self, **settings):
+        sampling = Sampling(temperature=1.0, **settings)
+        return self.client.do(self.client.engine.generate("group", PROBE[0], sampling, ()))
 
 
 def run_config(tied: bool) -> RunConfig:
@@ -164,8 +168,7 @@ def test_every_honest_sync_is_committed_and_agrees_to_float_precision(stack):
 def test_sampled_logprobs_agree_with_the_learner_after_a_sync(stack):
     stack.train()
     stack.honest()
-    request = SamplingRequest(samples=8, max_tokens=40, temperature=1.0, stop_token_ids=())
-    completions = stack.client.do(stack.client.engine.generate(PROBE[0], request))
+    completions = stack.sampled(samples=8, max_tokens=40)
     sequences = [PROBE[0] + completion.token_ids.tolist() for completion in completions]
     learner = stack.sender.evidence(stack.version, sequences).probe_logprobs
     gaps = [
@@ -186,12 +189,33 @@ def test_generation_goes_on_while_weights_are_staged_and_pauses_only_to_load_the
     stack.train()
     before = stack.version
     stack.sender.prepare_weights(before + 1)
-    request = SamplingRequest(samples=2, max_tokens=8, temperature=1.0, stop_token_ids=())
-    completions = stack.client.do(stack.client.engine.generate(PROBE[0], request))
+    completions = stack.sampled(samples=2, max_tokens=8)
     assert {span.version for c in completions for span in c.version_spans} == {before}
     report = stack.honest()
     assert (report.version, report.probe_mean_gap_nats < 1e-5) == (before + 1, True)
     assert 0 < report.pause_s < report.seconds
+
+
+def test_an_aborted_request_ends_with_the_number_of_its_tokens_and_others_go_on(stack):
+    engine = stack.client.engine
+
+    async def both():
+        sampling = Sampling(samples=2, max_tokens=100, temperature=1.0)
+        long = asyncio.create_task(engine.generate("long", PROBE[0], sampling, ()))
+        other = asyncio.create_task(engine.generate("other", PROBE[1], sampling, ()))
+        seen = [engine.stats()]
+        while seen[-1].running < 4:
+            await asyncio.sleep(0.005)
+            seen.append(engine.stats())
+        assert sum(one.prefix_queries for one in seen) > 0
+        await engine.abort("long")
+        with pytest.raises(AbortedError) as aborted:
+            await long
+        return aborted.value.completion_tokens, await other
+
+    tokens, completions = stack.client.do(both())
+    assert 2 <= tokens < 200
+    assert [len(one.token_ids) for one in completions] == [100, 100]
 
 
 def test_a_skipped_tensor_is_named(stack):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -361,10 +360,8 @@ def run_dir(author: str, tmp_path: Path, make_scored: Callable[..., ScoredGroup]
     config = {"rewards": {"components": components, "modules": [author]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     failed = RewardFailed("mine", "KeyError: 'x'", "", 2, "raised")
-    scored = make_scored((failed, failed), group_id="rl-7")
-    raising = replace(scored.group.samples[0], completion="raise")
-    group = replace(scored.group, samples=(raising, scored.group.samples[1]))
-    RewardFailures(tmp_path).recorded(replace(scored, group=group))
+    scored = make_scored((failed, failed), group_id="rl-7", texts=("raise", "fine"))
+    RewardFailures(tmp_path).recorded(scored)
     seen = {"prompt": "system: Be brief.\nuser: 1+1?\nuser: ?", "completion": "x", "sample_id": "rl-9/0"}
     (tmp_path / "samples.jsonl").write_text(json.dumps({**seen, "finish_reason": "stop", "versions": "0"}) + "\n")
     return tmp_path

@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rewards.scorer import Scorer
 from rlhf.config import RewardComponent, RewardsConfig
 from rlhf.errors import ConfigError
-from rlhf.samples import (
-    Abstained,
-    Prompt,
-    RenderedPrompt,
-    RewardFailed,
-    RewardOutcome,
-    RewardValue,
-    Sample,
-    SampleGroup,
-    VersionSpan,
-)
+from rlhf.samples import Abstained, Prompt, RewardFailed, RewardOutcome, RewardValue, TextGroup, TextSample
 
 AUTHOR = """
 from rewards import Abstain, RewardInput, reward
@@ -54,14 +43,10 @@ def config(author: str, **components: dict[str, Any]) -> RewardsConfig:
     return RewardsConfig.model_validate({"components": components, "modules": (author,), "memory_limit_mib": 512})
 
 
-def group(*completions: str, version: int = 0, **metadata: Any) -> SampleGroup:
+def group(*completions: str, version: int = 0, **metadata: Any) -> TextGroup:
     prompt = Prompt("p7", ({"role": "user", "content": "?"},), "42", "task", metadata)
-    mask, ids = np.array([False, True]), np.arange(2, dtype=np.int32)
-    samples = tuple(
-        Sample(f"g7/{i}", ids, mask, np.zeros(2, np.float32), (VersionSpan(version, 0, 1),), text, "stop")
-        for i, text in enumerate(completions)
-    )
-    return SampleGroup("g7", RenderedPrompt(prompt, ids[:1], reasoning_mode=False), samples, 0.1)
+    samples = tuple(TextSample(f"g7/{number}", text, 1, False) for number, text in enumerate(completions))
+    return TextGroup("g7", prompt, False, version, samples)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from rewards.scorer import Scorer, brought
 from rewards.scorer import _wait_s as scorer_wait_s
 from rlhf.config import RewardsConfig
 from rlhf.errors import ConfigError
-from rlhf.samples import Abstained, RewardValue, ScoredGroup
+from rlhf.samples import Abstained, Prompt, RewardValue, TextGroup
 
 THEIRS = """
 import re
@@ -255,16 +254,14 @@ def test_a_server_that_speaks_openrlhf_is_a_reward(pool: ProcessPool) -> None:
 
 
 def test_a_server_that_asks_to_wait_is_asked_again_when_that_is_over(
-    url: str, make_scored: Callable[..., ScoredGroup]
+    url: str, make_text: Callable[..., TextGroup]
 ) -> None:
     component = {"url": url, "style": "openrlhf", "deadline_s": 30.0}
     scorer = Scorer(RewardsConfig.model_validate({"components": {"remote": component}}))
-    group = make_scored((0.0, 0.0)).group
-    prompt = replace(group.rendered.prompt, messages=({"role": "user", "content": "What?"},), reward="remote")
-    samples = tuple(replace(sample, completion="later") for sample in group.samples)
+    prompt = Prompt("p", ({"role": "user", "content": "What?"},), "2", "remote")
     started = time.monotonic()
     try:
-        scored = scorer.score(replace(group, rendered=replace(group.rendered, prompt=prompt), samples=samples))
+        scored = scorer.score(make_text(("later", "later"), prompt=prompt))
     finally:
         scorer.close()
     assert [type(outcome) for outcome in scored.outcomes] == [RewardValue, Abstained]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from rewards.registry import RewardInput, Score, TransientRewardError, lookup
 from rewards.scorer import Scorer
 from rlhf.config import RewardsConfig
 from rlhf.errors import ConfigError
-from rlhf.samples import RewardFailed, RewardValue, ScoredGroup
+from rlhf.samples import Prompt, RewardFailed, RewardValue, TextGroup
 from tests.rewards.judge_server import Answer, JudgeServer, Request, serving
 
 PROMPT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do I boil an egg?"})
@@ -237,17 +236,15 @@ def test_the_key_is_sent_and_shown_nowhere(server: JudgeServer, monkeypatch: pyt
 
 
 def test_it_runs_in_a_grader_process_and_an_error_is_no_value(
-    server: JudgeServer, make_scored: Callable[..., ScoredGroup]
+    server: JudgeServer, make_text: Callable[..., TextGroup]
 ) -> None:
     assert lookup("preference").is_async and lookup("preference").requires == ("endpoint",)
     server.rule = lambda request: scored("bad" if request["messages"][-1]["content"] == "b" else 2.0)
     component = {"params": {"endpoint": server.endpoint()}, "retries": 0, "weight": 0.5}
-    group = make_scored((0.0, 0.0, 0.0)).group
-    rendered = replace(group.rendered, prompt=replace(group.rendered.prompt, reward="preference"))
-    samples = tuple(replace(one, completion=text) for one, text in zip(group.samples, ("a", "b", " "), strict=True))
+    prompt = Prompt("p", ({"role": "user", "content": "1+1=?"},), "2", "preference")
     scorer = Scorer(RewardsConfig.model_validate({"components": {"preference": component}}))
     try:
-        good, bad, gated = scorer.score(replace(group, rendered=rendered, samples=samples)).outcomes
+        good, bad, gated = scorer.score(make_text(("a", "b", " "), prompt=prompt)).outcomes
     finally:
         scorer.close()
     assert isinstance(good, RewardValue) and good.value == pytest.approx(0.5 / (1 + math.exp(-2)))

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rewards import scorer as scorer_module
@@ -21,13 +20,11 @@ from rewards.scorer import Scorer, backoff_s
 from rlhf.config import RewardsConfig
 from rlhf.samples import (
     Prompt,
-    RenderedPrompt,
     RewardFailed,
     RewardValue,
-    Sample,
-    SampleGroup,
-    ScoredGroup,
-    VersionSpan,
+    Scores,
+    TextGroup,
+    TextSample,
 )
 
 AUTHOR = """
@@ -98,17 +95,13 @@ def logged(log: Path) -> Counter[str]:
     return counts
 
 
-def group(*completions: str, reward: str = "task") -> SampleGroup:
+def group(*completions: str, reward: str = "task") -> TextGroup:
     prompt = Prompt("p7", ({"role": "user", "content": "?"},), "42", reward)
-    mask, ids = np.array([False, True]), np.arange(2, dtype=np.int32)
-    samples = tuple(
-        Sample(f"g7/{i}", ids, mask, np.zeros(2, np.float32), (VersionSpan(0, 0, 1),), text, "stop")
-        for i, text in enumerate(completions)
-    )
-    return SampleGroup("g7", RenderedPrompt(prompt, ids[:1], reasoning_mode=False), samples, 0.1)
+    samples = tuple(TextSample(f"g7/{number}", text, 1, False) for number, text in enumerate(completions))
+    return TextGroup("g7", prompt, False, 0, samples)
 
 
-def outcomes(scored: ScoredGroup) -> list[str]:
+def outcomes(scored: Scores) -> list[str]:
     return [one.kind if isinstance(one, RewardFailed) else type(one).__name__ for one in scored.outcomes]
 
 
@@ -125,7 +118,7 @@ def test_whatever_a_reward_does_every_sample_has_its_own_outcome_and_none_is_zer
         scored = scorer.score(group(*hows, reward=name))
         metrics = scorer.metrics()
         assert outcomes(scored) == wanted
-        assert [reward.value for _, reward in scored.valued] == [0.5, 0.5]
+        assert [one.value for one in scored.outcomes if isinstance(one, RewardValue)] == [0.5, 0.5]
         errors = {key.rpartition("/")[2]: value for key, value in metrics.items() if f"/{name}/errors/" in key}
         assert errors == Counter(kind for kind in wanted if kind.islower())
         assert metrics[f"reward_service/{name}/calls"] == 10
@@ -140,7 +133,7 @@ def test_whatever_a_reward_does_every_sample_has_its_own_outcome_and_none_is_zer
 def test_processes_killed_in_the_middle_of_a_batch_lose_no_sample(author: str, name: str) -> None:
     scorer = started(author, name, deadline_s=20.0)
     scorer.score(group("ok", reward=name))
-    results: list[ScoredGroup] = []
+    results: list[Scores] = []
     work = group(*(f"slow {i}" for i in range(5)), reward=name)
     thread = threading.Thread(target=lambda: results.append(scorer.score(work)))
     thread.start()
@@ -185,8 +178,9 @@ def test_a_group_reward_of_the_wrong_length_fails_every_sample(author: str) -> N
     scored = scorer.score(group("a", "short", "c", reward="best"))
     scorer.close()
     assert outcomes(scored) == ["invalid"] * 3
-    assert scored.failed[0][1].whole_group
-    assert scored.failed[0][1].message.startswith("group reward 'best' returned 1 values for 3 samples")
+    (first, *_) = scored.outcomes
+    assert isinstance(first, RewardFailed) and first.whole_group
+    assert first.message.startswith("group reward 'best' returned 1 values for 3 samples")
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
@@ -267,4 +261,4 @@ def test_values_and_failures_add_up_to_the_samples(author: str) -> None:
     scorer.close()
     kinds = Counter(type(one) for one in scored.outcomes)
     assert kinds[RewardValue] + kinds[RewardFailed] == 2
-    assert sum(kinds.values()) == len(scored.group.samples) == 3
+    assert sum(kinds.values()) == len(scored.outcomes) == 3

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rlhf.config import RewardsConfig
-from rlhf.samples import Prompt, RenderedPrompt, RewardValue, Sample, SampleGroup, VersionSpan
+from rlhf.samples import Prompt, RewardValue, TextGroup, TextSample
 
 ray = pytest.importorskip("ray")
 
@@ -48,10 +47,7 @@ def test_workers_score_groups_and_leave_no_process(tmp_path: Path, monkeypatch: 
         ray.shutdown()
 
 
-def group(*completions: str) -> SampleGroup:
+def group(*completions: str) -> TextGroup:
     prompt = Prompt("p0", ({"role": "user", "content": "?"},), "42", "grader_pid")
-    rendered = RenderedPrompt(prompt, np.arange(1, dtype=np.int32), reasoning_mode=False)
-    ids, mask, logprobs = np.arange(2, dtype=np.int32), np.array([False, True]), np.zeros(2, np.float32)
-    spans = (VersionSpan(0, 0, 1),)
-    samples = [Sample(f"s{i}", ids, mask, logprobs, spans, text, "stop") for i, text in enumerate(completions)]
-    return SampleGroup("g0", rendered, tuple(samples), 0.0)
+    samples = tuple(TextSample(f"s{number}", text, 1, False) for number, text in enumerate(completions))
+    return TextGroup("g0", prompt, False, 0, samples)

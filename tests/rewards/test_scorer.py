@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rewards.scorer import Scorer
@@ -16,12 +15,10 @@ from rlhf.errors import ConfigError
 from rlhf.samples import (
     Abstained,
     Prompt,
-    RenderedPrompt,
     RewardFailed,
     RewardValue,
-    Sample,
-    SampleGroup,
-    VersionSpan,
+    TextGroup,
+    TextSample,
 )
 
 AUTHOR = """
@@ -62,17 +59,10 @@ def config(author: str, **components: dict[str, Any]) -> RewardsConfig:
     return RewardsConfig.model_validate({"components": components, "modules": (author,), "memory_limit_mib": 512})
 
 
-def sample(number: int, completion: str) -> Sample:
-    mask = np.array([False] * 3 + [True] * 4)
-    logprobs = np.zeros(7, np.float32)
-    ids = np.arange(7, dtype=np.int32)
-    return Sample(f"s{number}", ids, mask, logprobs, (VersionSpan(0, 0, 4),), completion, "stop")
-
-
-def group(*completions: str, reward: str = "task") -> SampleGroup:
+def group(*completions: str, reward: str = "task") -> TextGroup:
     prompt = Prompt("p7", ({"role": "user", "content": "?"},), "42", reward, {"level": 3})
-    rendered = RenderedPrompt(prompt, np.arange(3, dtype=np.int32), reasoning_mode=False)
-    return SampleGroup("g7", rendered, tuple(sample(i, text) for i, text in enumerate(completions)), 0.1)
+    samples = tuple(TextSample(f"s{number}", text, 4, False) for number, text in enumerate(completions))
+    return TextGroup("g7", prompt, False, 0, samples)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +87,7 @@ def test_a_value_is_the_weighted_sum_and_the_task_is_the_routed_value(scorer: Sc
     parts = {"task": 0.75, "shape": 1.0, "task/recall": 0.25}
     assert scored.outcomes[0] == RewardValue(2.0 * 0.75 - 0.5, 0.75, parts, "half")
     assert scored.outcomes[1] == RewardValue(1.5, 0.75, parts | {"shape": 0.0}, "half")
-    assert scored.score_s > 0
+    assert scored.seconds > 0
 
 
 def test_routed_components_of_other_prompts_do_not_run(scorer: Scorer) -> None:
@@ -117,7 +107,6 @@ def test_every_sample_of_a_mixed_group_has_exactly_one_outcome(scorer: Scorer) -
     scored = scorer.score(group("four", "hang", "exit", "raise", "abstain", "nan", "", "fine"))
     kinds = [type(outcome).__name__ for outcome in scored.outcomes]
     assert kinds == ["RewardValue", *["RewardFailed"] * 3, "Abstained", "RewardFailed", "Abstained", "RewardValue"]
-    assert len(scored.valued) == 2
     assert [failed(scored.outcomes[row]).attempts for row in (1, 2, 3, 5)] == [2, 2, 1, 1]
     assert scored.outcomes[4] == Abstained("task", "no verdict possible")
     assert scored.outcomes[6] == Abstained("shape", "empty")

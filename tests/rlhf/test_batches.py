@@ -24,7 +24,15 @@ from rlhf.batches.ragged import (
     unit_sequences,
 )
 from rlhf.losses.reduce import sample_weights
-from rlhf.samples import Abstained, PreferencePair, RewardFailed, RewardValue, ScoredGroup, TokenizedExample
+from rlhf.samples import (
+    Abstained,
+    PreferencePair,
+    RewardFailed,
+    RewardValue,
+    ScoredGroup,
+    TokenizedExample,
+    VersionSpan,
+)
 from tests.rlhf.toy_records import KINDS, pieces, record
 
 MakeScored = Callable[..., ScoredGroup]
@@ -46,7 +54,8 @@ def test_a_rollout_batch_aligns_every_field_with_its_sample(make_scored: MakeSco
         make_scored((0.0, 0.25), group_id="b", completion_tokens=[2, 2], version=3),
     ]
     batch = rollout_batch(groups, version=5, correct_at=0.5)
-    samples, sequences = batch.samples, batch.sequences
+    samples, sequences = batch.samples, batch.sequences.fetched()
+    assert batch.sequences.lengths.tolist() == sequences.lengths.tolist()
     cut = [part.tolist() for part in sequences.per_sequence(sequences.token_ids)]
     assert cut == [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert sequences.lengths.tolist() == [3, 5, 4, 4]
@@ -70,7 +79,8 @@ def test_the_types_of_a_rollout_batch(make_scored: MakeScored) -> None:
         "completion_tokens": torch.int64,
         "staleness": torch.int64,
     }
-    of_tokens = {item.name: getattr(batch.sequences, item.name).dtype.name for item in fields(batch.sequences)}
+    sequences = batch.sequences.fetched()
+    of_tokens = {item.name: getattr(sequences, item.name).dtype.name for item in fields(sequences)}
     assert of_tokens == {
         "token_ids": "int32",
         "loss_mask": "bool",
@@ -85,8 +95,39 @@ def test_samples_without_a_reward_value_are_left_out(make_scored: MakeScored) ->
     outcomes = (1.0, Abstained("math", "no"), RewardFailed("math", "m", "t", 2), 0.0)
     batch = rollout_batch([make_scored(outcomes, completion_tokens=[1, 2, 3, 4])], version=0, correct_at=1.0)
     assert batch.samples.rewards.tolist() == [1.0, 0.0]
-    assert batch.sequences.lengths.tolist() == [3, 6]
+    assert batch.sequences.fetched().lengths.tolist() == [3, 6]
     assert batch.sequences.sample_index.tolist() == [0, 1]
+
+
+def test_selected_sequences_bring_no_group_along_that_they_do_not_need(make_scored: MakeScored) -> None:
+    groups = [make_scored((1.0, 0.0), group_id=g, completion_tokens=[n, n + 1]) for g, n in (("a", 1), ("b", 3))]
+    whole = rollout_batch(groups, 0, 1.0).sequences
+    chosen = whole.select(np.array([3, 2]))
+    assert chosen.stored == (groups[1].group.stored,)
+    assert chosen.fetched().lengths.tolist() == [6, 5]
+    assert chosen.fetched().sample_index.tolist() == [3, 2]
+    mixed, index = whole.select(np.array([2, 0])).fetched(), np.array([2, 0])
+    expected = whole.fetched().select(index)
+    assert all(np.array_equal(getattr(mixed, item.name), getattr(expected, item.name)) for item in fields(mixed))
+
+
+def test_no_sequences_fetch_to_none(make_scored: MakeScored) -> None:
+    empty = rollout_batch([make_scored((1.0, 0.0))], 0, 1.0).sequences.select(np.zeros(0, np.int64)).fetched()
+    assert (len(empty), empty.token_ids.dtype, empty.lengths.tolist()) == (0, np.int32, [])
+
+
+def test_tokens_beyond_the_staleness_bound_do_not_train_and_others_of_their_sample_do(make_scored: MakeScored) -> None:
+    spans = [(VersionSpan(2, 0, 3), VersionSpan(4, 3, 5)), (VersionSpan(2, 0, 2),), (VersionSpan(5, 0, 2),)]
+    group = make_scored((1.0, 0.0, 0.5), completion_tokens=[5, 2, 2], spans=spans)
+    batch = rollout_batch([group], version=5, correct_at=1.0, max_staleness=1)
+    assert batch.samples.rewards.tolist() == [1.0, 0.5]
+    assert batch.samples.completion_tokens.tolist() == [2, 2]
+    assert batch.samples.staleness.tolist() == [1, 0]
+    found = batch.sequences.fetched()
+    assert found.lengths.tolist() == [7, 4]
+    assert found.trained_tokens.tolist() == [2, 2]
+    assert found.loss_mask[:7].tolist() == [False] * 5 + [True] * 2
+    assert group.group.stored.tokens().loss_mask[:7].tolist() == [False] * 2 + [True] * 5
 
 
 def test_what_is_correct_is_said_by_the_task_value_not_by_the_shaped_reward(make_scored: MakeScored) -> None:
@@ -95,7 +136,7 @@ def test_what_is_correct_is_said_by_the_task_value_not_by_the_shaped_reward(make
 
 
 def test_each_stage_keeps_what_the_stage_before_had(make_scored: MakeScored) -> None:
-    before = rollout_batch([make_scored((1.0, 0.5, 0.0), completion_tokens=[1, 3, 2])], 0, 1.0).sequences
+    before = rollout_batch([make_scored((1.0, 0.5, 0.0), completion_tokens=[1, 3, 2])], 0, 1.0).sequences.fetched()
     advantages, weights = np.array([1.0, 2.0, 3.0], np.float32), np.array([0.5, 0.25, 0.25], np.float32)
     after = train_sequences(before, advantages, weights, reference_logprobs=np.ones(12, np.float32))
     assert isinstance(after, TrainSequences)

@@ -24,7 +24,7 @@ from rlhf.errors import NonFiniteError
 from rlhf.ledger import Ledger
 from rlhf.metrics import MetricSums
 from rlhf.phases import Phases
-from rlhf.protocols import SyncReport, UpdateReport
+from rlhf.protocols import SyncReport, Taken, UpdateReport
 from rlhf.samples import Abstained, ScoredGroup
 from rlhf.selection import Arrivals
 
@@ -56,12 +56,20 @@ class World:
         self.ledger, self.make_scored, self.groups = ledger, make_scored, groups
         self.calls: list[object] = []
         self.updates: list[Update] = []
-        self.arrived = Arrivals()
         self.broken = False
         self.kl_nats = torch.zeros(3 * groups)
         self.metrics: Mapping[str, float] = {}
 
-    def take(self, version: int) -> list[ScoredGroup]:
+    def advance(self, version: int) -> None:
+        self.calls.append(("advance", version))
+
+    def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        for group in groups:
+            self.ledger.close(group.group.group_id, "trained", step)
+
+    def close(self) -> None: ...
+
+    def take(self, version: int) -> Taken:
         self.calls.append(("take", version))
         ids = [f"v{version}-g{i}" for i in range(self.groups)]
         for group_id in ids:
@@ -70,10 +78,10 @@ class World:
             self.make_scored((1.0, 0.0, i / 8), group_id=g, completion_tokens=[1 + i, 3, 2], version=version)
             for i, g in enumerate(ids)
         ]
-        self.arrived = Arrivals()
+        arrived = Arrivals()
         for group in [*groups, self.make_scored((1.0, 1.0), completion_tokens=[9, 9])]:  # the last one was filtered
-            self.arrived.add(group)
-        return groups
+            arrived.add(group)
+        return Taken(groups, arrived, {"dispatch/acceptance": 0.8})
 
     def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Held:
         self.calls.append("hold")
@@ -123,8 +131,8 @@ def controller(
         learners=world,  # type: ignore[arg-type]
         publisher=world,
         algorithm=algorithm or GrpoIcePop(),
-        ledger=world.ledger,
         correct_at=1.0,
+        max_staleness=4,
         updates_per_step=updates_per_step,
         dump=(dumped if dumped is not None else []).append,
     )
@@ -137,8 +145,8 @@ def test_a_step_takes_holds_updates_publishes_and_only_then_is_observed(
     loop = controller(world)
     for record in loop.steps(2):
         world.calls.append(("observed", record.step))
-    first = [("take", 3), "hold", "update", ("publish", 4), ("observed", 0)]
-    assert world.calls == [*first, ("take", 4), "hold", "update", ("publish", 5), ("observed", 1)]
+    first = [("take", 3), "hold", "update", ("publish", 4), ("advance", 4), ("observed", 0)]
+    assert world.calls == [*first, ("take", 4), "hold", "update", ("publish", 5), ("advance", 5), ("observed", 1)]
     assert world.version == 5
 
 
@@ -230,7 +238,8 @@ def test_the_update_that_broke_is_dumped_and_nothing_is_published(ledger: Ledger
     with pytest.raises(NonFiniteError) as caught:
         list(controller(world, 2, dumped).steps(1))
     (failed,), (asked,) = dumped, world.updates
-    assert failed.batch is asked.batch
+    assert failed.samples is asked.batch.samples
+    assert failed.sequences.lengths.tolist() == asked.batch.sequences.lengths.tolist()
     assert failed.part.tolist() == asked.part.tolist() == [0, 1, 2, 3, 4, 5]
     assert failed.advantages is asked.advantages
     assert not any(isinstance(call, tuple) and call[0] == "publish" for call in world.calls)
@@ -250,7 +259,7 @@ def test_step_metrics_carry_the_documented_names_and_are_plain_finite_numbers(
     metrics = step_metrics(record, ledger, phases)
     wanted = {"reward/mean", "reward/part/math", "rollout/completion_tokens", "staleness/max_steps", "sync/s"}
     wanted |= {"optim/grad_norm", "time/rollout_s", "perf/trained_tokens_per_s", "sync/bytes", "ledger/trained"}
-    wanted |= {"policy/ratio", "rollout/zero_variance_fraction"}
+    wanted |= {"policy/ratio", "rollout/zero_variance_fraction", "dispatch/acceptance", "sync/pause_s"}
     assert wanted <= metrics.keys()
     assert all(math.isfinite(value) for value in metrics.values())
     json.dumps(metrics)
@@ -285,7 +294,7 @@ def test_advantages_are_told_by_sample_and_leave_out_samples_without_a_reward(
 ) -> None:
     world = World(ledger, make_scored)
     group = make_scored((1.0, Abstained("math", "no"), 0.0), group_id="g")
-    world.take = lambda version: [group]  # type: ignore[method-assign]
+    world.take = lambda version: Taken([group], Arrivals(), {})  # type: ignore[method-assign]
     ledger.dispatch("g", 3)
     record, _ = recorded(world, 1)
     assert sample_advantages(record) == {"g/0": 0.5, "g/2": -0.5}
@@ -298,7 +307,7 @@ def test_fresh_samples_have_figures_of_their_own_only_beside_stale_ones(
     world = World(ledger, make_scored)
     world.metrics = {"mismatch/kl_nats": 0.1, "mismatch/fresh/kl_nats": 0.05}
     groups = [make_scored((1.0, 0.0), group_id=f"g{n}", version=version) for n, version in enumerate(versions)]
-    world.take = lambda version: groups  # type: ignore[method-assign]
+    world.take = lambda version: Taken(groups, Arrivals(), {})  # type: ignore[method-assign]
     for group in groups:
         ledger.dispatch(group.group.group_id, 3)
     record, phases = recorded(world, 1)
@@ -311,7 +320,7 @@ def test_fresh_samples_have_figures_of_their_own_only_beside_stale_ones(
 def test_sample_weights_count_only_samples_that_train(ledger: Ledger, make_scored: MakeScored) -> None:
     world = World(ledger, make_scored)
     group = make_scored((1.0, Abstained("math", "no"), 0.0), group_id="g", completion_tokens=[2, 9, 4])
-    world.take = lambda version: [group]  # type: ignore[method-assign]
+    world.take = lambda version: Taken([group], Arrivals(), {})  # type: ignore[method-assign]
     ledger.dispatch("g", 3)
     controller(world).step(0)
     assert world.updates[0].weights.tolist() == [1 / (2 * 2), 1 / (2 * 4)]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlhf.errors import RewardFailureError
-from rlhf.evaluation import pass_at_k, pass_at_k_stderr, summarise, thinks
+from rlhf.evaluation import pass_at_k, pass_at_k_stderr, summarise
 from rlhf.samples import (
     Abstained,
+    GroupTokens,
+    InMemory,
     Prompt,
-    RenderedPrompt,
     RewardFailed,
     RewardOutcome,
     RewardValue,
     Sample,
     SampleGroup,
     ScoredGroup,
+    TextGroup,
+    TextSample,
     VersionSpan,
 )
+from rlhf.thinking import thinks
 
 ABSTAINED = Abstained("math", "no answer")
 FAILED = RewardFailed("math", "boom", "Traceback", 2)
@@ -30,17 +35,18 @@ def value(task: float) -> RewardValue:
     return RewardValue(task, task, {"math": task})
 
 
-def sample(completion: str = "42", tokens: int = 3, finish_reason: str = "stop") -> Sample:
-    mask = np.array([False, *[True] * tokens])
-    ids, logprobs = np.zeros(tokens + 1, np.int32), np.zeros(tokens + 1, np.float32)
-    return Sample("s", ids, mask, logprobs, (VersionSpan(0, 0, tokens),), completion, finish_reason)  # type: ignore[arg-type]
+def sample(completion: str = "42", tokens: int = 3, finish_reason: Any = "stop") -> Sample:
+    return Sample("s", 1, tokens, (VersionSpan(0, 0, tokens),), finish_reason, thinks(completion))
 
 
 def group(*outcomes: RewardOutcome, samples: tuple[Sample, ...] | None = None) -> ScoredGroup:
     prompt = Prompt("p", ({"role": "user", "content": "?"},), "42", "math")
-    rendered = RenderedPrompt(prompt, np.zeros(1, np.int32), reasoning_mode=True)
     samples = samples or tuple(sample() for _ in outcomes)
-    return ScoredGroup(SampleGroup("g", rendered, samples, 0.1), outcomes, 0.01)
+    texts = tuple(TextSample(one.sample_id, "42", one.completion_tokens, one.truncated) for one in samples)
+    none = np.zeros(0)
+    tokens = GroupTokens(none, none, none, np.zeros(1, np.int64))
+    stored = InMemory(tokens, TextGroup("g", prompt, True, 0, texts))
+    return ScoredGroup(SampleGroup("g", prompt, True, samples, 0.1, stored), outcomes, 0.01)
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -161,4 +167,4 @@ def test_lengths_truncation_and_thinking_count_every_sampled_completion() -> Non
     ],
 )
 def test_thinking_is_a_reasoning_block_with_something_in_it(completion: str, expected: bool) -> None:
-    assert thinks(sample(completion)) is expected
+    assert thinks(completion) is expected

@@ -12,7 +12,7 @@ import pytest
 from rlhf.errors import DataError
 from rlhf.ledger import FILE_NAME, STATES, Ledger, LedgerError, why
 
-DETAILS = {"trained": 3, "filtered": "all_correct", "stale": 2, "lost": "engine-0"}
+DETAILS = {"trained": 3, "filtered": "all_correct", "aborted": "surplus", "stale": 2, "lost": "engine-0"}
 
 
 @pytest.fixture
@@ -65,13 +65,19 @@ def test_closing_an_unknown_group_is_an_error(ledger: Ledger) -> None:
         ledger.close("ghost", "abstained")
 
 
-def test_dispatching_twice_is_an_error_whether_open_or_closed(ledger: Ledger) -> None:
+def test_dispatching_what_is_in_flight_is_an_error(ledger: Ledger) -> None:
     ledger.dispatch("a", 4)
     with pytest.raises(LedgerError, match="in flight since version 4"):
         ledger.dispatch("a", 5)
-    ledger.close("a", "reward_error")
-    with pytest.raises(LedgerError, match="closed as reward_error"):
-        ledger.dispatch("a", 5)
+
+
+def test_memory_is_that_of_the_groups_in_flight(ledger: Ledger) -> None:
+    for number in range(1000):
+        ledger.dispatch(f"g{number}", 0)
+        ledger.close(f"g{number}", "filtered", "all_wrong")
+    assert not ledger.in_flight
+    sizes = [len(value) for value in vars(ledger).values() if isinstance(value, dict)]
+    assert max(sizes) <= 1
 
 
 @pytest.mark.parametrize("state", ["trained", "filtered", "stale", "lost"])

@@ -22,7 +22,7 @@ MakeScored = Callable[..., ScoredGroup]
 def batch_with_gaps(make_scored: MakeScored, gaps: list[list[float]], versions: list[int]) -> TrainBatch:
     """Completions of two tokens; `gaps` are rollout minus proximal log-probs."""
     groups = [make_scored((1.0,), completion_tokens=[2], version=version) for version in versions]
-    sequences = rollout_batch(groups, version=3, correct_at=1.0).sequences
+    sequences = rollout_batch(groups, version=3, correct_at=1.0).sequences.fetched()
     proximal = np.full(len(sequences.token_ids), 99.0, np.float32)  # the prompt means nothing
     proximal[sequences.loss_mask] = -0.5 - np.array(gaps, np.float32).ravel()
     none = np.ones(len(groups), np.float32)

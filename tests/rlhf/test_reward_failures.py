@@ -29,7 +29,7 @@ def test_a_failed_sample_is_written_with_prompt_completion_and_parameters(
     assert (record["sample_id"], record["group_id"]) == (sample.sample_id, "rl-000003")
     assert record["messages"] == [dict(message) for message in prompt.messages]
     assert (record["answer"], record["reward"], record["params"]) == (prompt.answer, "mine", {"k": "nan"})
-    assert [seen["completion"] for seen in record["samples"]] == [sample.completion]
+    assert [seen["completion"] for seen in record["samples"]] == [f"the completion of {sample.sample_id}"]
     assert (record["kind"], record["traceback"], record["attempts"]) == ("raised", "Traceback: line 7", 2)
 
 
@@ -69,6 +69,5 @@ def test_metadata_that_json_does_not_know_is_written_as_text(make_scored: MakeSc
     scored = make_scored((FAILED,))
     metadata: dict[Any, Any] = {"ids": np.arange(2), "size": np.float32(0.5), 3: {1}}
     prompt = replace(scored.group.prompt, metadata=metadata)
-    rendered = replace(scored.group.rendered, prompt=prompt)
-    (record,) = records(replace(scored, group=replace(scored.group, rendered=rendered)))
+    (record,) = records(replace(scored, group=replace(scored.group, prompt=prompt)))
     assert record["metadata"] == {"ids": [0, 1], "size": 0.5, "3": "{1}"}

@@ -19,13 +19,16 @@ from rlhf.config import TrackingConfig
 from rlhf.errors import NonFiniteError
 from rlhf.samples import (
     Abstained,
+    GroupTokens,
+    InMemory,
     Prompt,
-    RenderedPrompt,
     RewardFailed,
     RewardValue,
     Sample,
     SampleGroup,
     ScoredGroup,
+    TextGroup,
+    TextSample,
     VersionSpan,
 )
 from rlhf.tracking import SAMPLE_COLUMNS, Tracker, sample_rows
@@ -41,19 +44,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def scored_group() -> ScoredGroup:
     prompt = Prompt("p", ({"role": "user", "content": "2+2?"},), "4", "math")
-    rendered = RenderedPrompt(prompt, np.zeros(1, np.int32), reasoning_mode=False)
     spans = ((VersionSpan(3, 0, 2),), (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)), (VersionSpan(4, 0, 2),))
-    mask = np.array([False, True, True])
-    samples = tuple(
-        Sample(f"s{i}", np.zeros(3, np.int32), mask, np.zeros(3, np.float32), span, "4 \ud800", "stop")
-        for i, span in enumerate(spans)
-    )
+    samples = tuple(Sample(f"s{i}", 1, 2, span, "stop") for i, span in enumerate(spans))
+    texts = tuple(TextSample(f"s{i}", "4 \ud800", 2, False) for i in range(3))
+    tokens = GroupTokens(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(1, np.int64))
+    stored = InMemory(tokens, TextGroup("g1", prompt, False, 3, texts))
     outcomes = (
         RewardValue(0.9, 1.0, {"math": 1.0}, "equal"),
         Abstained("math", "no box"),
         RewardFailed("judge", "timeout", "Traceback", 2),
     )
-    return ScoredGroup(SampleGroup("g1", rendered, samples, 0.1), outcomes, 0.01)
+    return ScoredGroup(SampleGroup("g1", prompt, False, samples, 0.1, stored), outcomes, 0.01)
 
 
 def test_a_metric_line_is_on_disk_when_log_returns(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_base_of_these_tests_is_valid() -> None:
             "rewards.components.math.wieght = 1:",
             "Did you mean rewards.components.math.weight?",
         ),
-        ({"rollouts.zzz": 1}, "rollouts.zzz = 1:", "gpu_memory_utilization, prefix_caching, silence_deadline_s."),
+        ({"rollouts.zzz": 1}, "rollouts.zzz = 1:", "kv_cache_gib, engine_args, silence_deadline_s."),
         (
             {"algorithm.clip_lo": 0.1},
             "algorithm.clip_lo = 0.1: is not a key of algorithm",
@@ -164,7 +164,7 @@ def test_an_unknown_key_gets_the_nearest_valid_one(changes: dict[str, Any], star
             {"training.zero_stage": 4},
             "training.zero_stage = 4: must be one of 1, 2, 3. There is no 4. Choose one of them.",
         ),
-        ({"rollouts.prefix_caching": "maybe"}, "rollouts.prefix_caching = 'maybe': must be true or false."),
+        ({"evaluation.before": "maybe"}, "evaluation.before = 'maybe': must be true or false."),
         (
             {"model.kind": "exaone"},
             "model.kind = exaone: must be one of exaone4_tiny, hf, smollm2_135m. It decides which other keys "
@@ -915,6 +915,33 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
         "rollouts.tensor_parallel_size = 2: must be 1 with cluster.placement = colocated",
     ),
     (
+        "engine_arguments_have_one_place",
+        {"rollouts.engine_args": {"max_num_seqs": 8}},
+        "rollouts.engine_args.max_num_seqs = 8: must not be set here. Another key sets it. Set "
+        "rollouts.max_concurrent_samples",
+    ),
+    (
+        "engine_arguments_have_one_place",
+        {"rollouts.engine_args": {"logprobs_mode": "raw_logits"}},
+        "rollouts.engine_args.logprobs_mode = raw_logits: must not be set",
+    ),
+    (
+        "engine_arguments_have_one_place",
+        {"rollouts.engine_args": {"block-size": 32}},
+        "rollouts.engine_args.block-size = 32: must be vLLM's name of the argument. It has underscores. Write "
+        "block_size",
+    ),
+    (
+        "groups_are_kept_no_longer_than_they_may_train",
+        {"rollouts.pipeline_depth": 2},
+        "rollouts.pipeline_depth = 2: must be at most rollouts.max_staleness + 1 = 1",
+    ),
+    (
+        "only_stale_groups_are_late",
+        {"rollouts.late_groups": "mask"},
+        "rollouts.late_groups = mask: needs rollouts.max_staleness of 1 or more",
+    ),
+    (
         "probes_fit_the_context",
         {"weight_sync.attestation.probe_tokens": 256},
         "weight_sync.attestation.probe_tokens = 256: must be less than model.max_context_tokens = 256",
@@ -950,6 +977,7 @@ def test_a_broken_rule_is_told_by_its_key_value_reason_and_fix(rule: str, change
         {"model.hidden_size": 96, "model.heads": 6, "model.kv_heads": 3, "rollouts.tensor_parallel_size": 6},
         {"training.ranks": 4, "stages.sft.batch_size": 4},
         {"training.token_budget": 256},
+        {"rollouts.engine_args": {"block_size": 32, "enable_prefix_caching": False}},
         {"model.max_context_tokens": 8192},  # the budget grows with it
         {"training.offload_parameters": True, "training.offload_optimizer": True, "training.zero_stage": 3},
         {"rewards.components.length": {"applies": "always", "weight": -0.1}},

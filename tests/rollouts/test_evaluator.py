@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 
 from rlhf.config import RunConfig
 from rlhf.samples import Prompt, ScoredGroup
+from rollouts.engine import Sampling
 from rollouts.evaluator import HeldOutEvaluator
 from rollouts.generator import GroupRequest
 
@@ -20,7 +21,7 @@ CONFIG = RunConfig.model_validate(
         "algorithm": {"name": "grpo_icepop"},
         "rewards": {"components": {"math": {}}},
         "evaluation": {"samples_per_prompt": 4, "pass_at": [1, 4], "temperature": 0.6},
-        "rollouts": {"max_completion_tokens": 33, "silence_deadline_s": 10},
+        "rollouts": {"max_completion_tokens": 33, "top_p": 0.5},
     }
 )
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "?"},), "", "math") for i in range(5)]
@@ -31,18 +32,17 @@ class Runner:
 
     def __init__(self, make_scored: Callable[..., ScoredGroup]) -> None:
         self.make_scored = make_scored
-        self.requests: list[Sequence[GroupRequest]] = []
-        self.deadlines: list[float] = []
+        self.requests: list[list[GroupRequest]] = []
 
-    def run(self, requests: Sequence[GroupRequest], deadline_s: float) -> list[ScoredGroup]:
-        self.requests.append(requests)
-        self.deadlines.append(deadline_s)
-        return [self.make_scored(self.rewards(r), group_id=r.group_id) for r in requests]
+    def sample(self, requests: Iterable[GroupRequest]) -> Iterator[ScoredGroup]:
+        self.requests.append(list(requests))
+        for request in self.requests[-1]:
+            yield self.make_scored(self.rewards(request), group_id=request.group_id)
 
     def rewards(self, request: GroupRequest) -> tuple[float, ...]:
-        if request.samples == 1:
+        if request.sampling.samples == 1:
             return (float(int(request.prompt.prompt_id[1:]) % 2 == 0),)
-        return (1.0,) + (0.0,) * (request.samples - 1)
+        return (1.0,) + (0.0,) * (request.sampling.samples - 1)
 
 
 @pytest.fixture
@@ -64,10 +64,9 @@ def test_greedy_and_sampled_figures_come_from_their_own_completions(runner: Runn
 def test_every_prompt_is_asked_once_greedily_and_once_with_samples(runner: Runner) -> None:
     evaluator(runner).evaluate(5, reasoning_mode=True)
     [requests] = runner.requests
-    assert [(r.prompt, r.samples, r.temperature) for r in requests[:5]] == [(p, 1, 0.0) for p in PROMPTS]
-    assert [(r.prompt, r.samples, r.temperature) for r in requests[5:]] == [(p, 4, 0.6) for p in PROMPTS]
-    assert {(r.max_tokens, r.reasoning_mode, r.top_p, r.top_k) for r in requests} == {(33, True, 1.0, 0)}
-    assert runner.deadlines == [40.0]
+    assert [(r.prompt, r.sampling) for r in requests[:5]] == [(p, Sampling(1, 33, 0.0)) for p in PROMPTS]
+    assert [(r.prompt, r.sampling) for r in requests[5:]] == [(p, Sampling(4, 33, 0.6)) for p in PROMPTS]
+    assert all(r.reasoning_mode for r in requests)
 
 
 @pytest.mark.parametrize(("asked", "used"), [(3, 3), (5, 5), (9, 5)])
@@ -80,7 +79,7 @@ def test_the_same_prompts_are_asked_every_time_so_that_figures_compare(runner: R
     one = evaluator(runner)
     one.evaluate(3, reasoning_mode=True)
     one.evaluate(3, reasoning_mode=True)
-    first, second = ([(r.prompt, r.samples, r.temperature) for r in requests] for requests in runner.requests)
+    first, second = ([(r.prompt, r.sampling) for r in requests] for requests in runner.requests)
     assert first == second
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.config import TrainingConfig
 from rlhf.training.zero_settings import memory_environment
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 _PROGRAM = """
 import importlib, json, sys
 module, name, arguments = json.loads(sys.argv[1])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from rollouts.worker import RolloutClient, merged
+from rewards.client import RewardClient, merged
 
 ray = pytest.importorskip("ray")
 
@@ -50,15 +51,13 @@ class Grader:
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_a_worker_that_is_silent_is_left_out_and_counted() -> None:
+def test_a_worker_that_is_silent_is_left_out_and_counted(tmp_path: Path) -> None:
     ray.init(num_cpus=1, include_dashboard=False)
     try:
         actor = ray.remote(Grader).options(num_cpus=0, max_concurrency=2)
         graders = [actor.remote(False), actor.remote(True)]
         ray.get([grader.health.remote() for grader in graders], timeout=60)
-        client = RolloutClient.__new__(RolloutClient)
-        client._graders = graders
-        metrics = client.reward_metrics(deadline_s=2.0)
+        metrics = RewardClient(graders, tmp_path).metrics(deadline_s=2.0)
     finally:
         ray.shutdown()
     assert metrics["reward_service/math/calls"] == 2

@@ -1,0 +1,175 @@
+"""The driver's work: bytes that pass through it by completion length, its processor time per group by engines.
+
+Engines and graders are real Ray actors that only wait and return what an engine returns. Dispatcher, buffer, ledger and
+controller are those of a run; learners and publisher do nothing. Bytes are counted on the loopback interface, over
+which all of Ray's messages on one machine pass; arrays that stay in the object store do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from benchmarks.isolated import isolated
+from rewards.client import RewardClient
+from rlhf.algorithms.grpo import Grpo
+from rlhf.cluster import OBJECT_STORE_ENVIRONMENT
+from rlhf.controller import Controller
+from rlhf.ledger import Ledger
+from rlhf.metrics import MetricSums
+from rlhf.protocols import SyncReport, UpdateReport
+from rlhf.samples import GroupTokens, Prompt, RewardValue, Sample, Scores, TextGroup, TextSample, VersionSpan
+from rollouts.buffer import Limits, StalenessBuffer
+from rollouts.dispatcher import Dispatcher, TrainingRollouts
+from rollouts.engine import Sampling
+from rollouts.generator import GroupRequest
+from rollouts.worker import Facts, RayEngine
+
+LENGTHS = (16, 256, 1024, 4096)
+ENGINES = (1, 10, 100, 1000)
+MOST_ACTORS = 100
+SHARED_ACTORS = 20  # behind the handles, where there are more engines than actors
+GROUP_SIZE = 8
+PROMPTS_PER_STEP = 64
+WAIT_S = 0.02
+
+
+def run(*, quick: bool, **_: Any) -> dict[str, Any]:
+    """Bytes per sample and trained token at several lengths; milliseconds per group with several engines."""
+    lengths, engines = (LENGTHS[:3], ENGINES[:2]) if quick else (LENGTHS, ENGINES)
+    by_length = [{"completion_tokens": n, **isolated(measure, 2, n, 6)} for n in lengths]
+    by_engines = [{"engines": n, **isolated(measure, n, 64, 6 if quick else 20)} for n in engines]
+    at_1024 = next(row for row in by_length if row["completion_tokens"] == 1024)
+    times = [row["ms_per_group"] for row in by_engines]
+    shortest = by_length[0]["bytes_per_sample"]
+    return {
+        "by_length": by_length,
+        "by_engines": by_engines,
+        "figures": {
+            "driver_bytes_per_token_1024": at_1024["bytes_per_sample"] / 1024,
+            "driver_bytes_growth": max(row["bytes_per_sample"] for row in by_length) / shortest,
+            f"driver_ms_per_group_{engines[-1]}_over_1": times[-1] / times[0],
+            "driver_ms_per_group": times[0],
+        },
+    }
+
+
+class WaitingEngine:
+    """An engine that waits and returns completions of `length` tokens."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    async def generate(self, request: GroupRequest) -> tuple[Facts, GroupTokens, TextGroup]:
+        await asyncio.sleep(WAIT_S)
+        count, length = request.sampling.samples, self._length
+        spans = (VersionSpan(0, 0, length),)
+        ids = [f"{request.group_id}/{number}" for number in range(count)]
+        samples = tuple(Sample(sample_id, 16, length, spans, "stop") for sample_id in ids)
+        whole = 16 + length
+        tokens = GroupTokens(
+            token_ids=np.zeros(count * whole, np.int32),
+            loss_mask=np.tile(np.arange(whole) >= 16, count),
+            rollout_logprobs=np.zeros(count * whole, np.float32),
+            offsets=np.arange(count + 1) * whole,
+        )
+        texts = tuple(TextSample(sample_id, "word " * (length * 4 // 5), length, False) for sample_id in ids)
+        return Facts(samples, WAIT_S), tokens, TextGroup(request.group_id, request.prompt, False, 0, texts)
+
+    async def abort(self, group_id: str) -> None: ...
+
+
+class WaitingGrader:
+    def score(self, group: TextGroup) -> Scores:
+        return Scores(tuple(RewardValue(float(n % 2), float(n % 2), {}) for n in range(len(group.samples))), 0.0)
+
+
+class Nothing:
+    """Learners and publisher that do nothing but count versions."""
+
+    version = 0
+    kl_nats = torch.zeros(PROMPTS_PER_STEP * GROUP_SIZE)
+
+    def hold(self, *_: Any) -> Nothing:
+        return self
+
+    def update(self, *_: Any) -> UpdateReport:
+        return UpdateReport(0.0, 0.0, 0.0, 1, MetricSums())
+
+    def publish(self) -> SyncReport:
+        self.version += 1
+        return SyncReport(self.version, 0, 0.0, 0.0, 0.0, 0.0)
+
+
+def measure(engines: int, length: int, steps: int) -> dict[str, float]:
+    """One stage; runs in its own process. The first two steps warm up."""
+    os.environ |= OBJECT_STORE_ENVIRONMENT
+    cores = float(os.cpu_count() or 1)
+    ray.init(num_cpus=int(cores), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        return _measured(engines, length, steps)
+    finally:
+        ray.shutdown()
+
+
+def _measured(engines: int, length: int, steps: int) -> dict[str, float]:
+    environment = {"env_vars": OBJECT_STORE_ENVIRONMENT}
+    options = {"num_cpus": 0, "max_concurrency": 4096, "runtime_env": environment}
+    actors = engines if engines <= MOST_ACTORS else SHARED_ACTORS
+    handles = [ray.remote(WaitingEngine).options(**options).remote(length) for _ in range(actors)]
+    grader = ray.remote(WaitingGrader).options(num_cpus=0, runtime_env=environment).remote()
+    places = itertools.islice(itertools.cycle(handles), engines)
+    nothing = Nothing()
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder))
+        scoring = RewardClient([grader], Path(folder))
+        dispatcher = Dispatcher([RayEngine(handle) for handle in places], scoring.score, 120.0)
+        limits = Limits("rl", PROMPTS_PER_STEP, 1, 2, steps * PROMPTS_PER_STEP, 8, 0.05)
+        prompts = (Prompt(f"p{n}", ({"role": "user", "content": "1+1=?"},), "2", "math") for n in itertools.count())
+        sampling = Sampling(GROUP_SIZE, length, 1.0)
+        rollouts = TrainingRollouts(
+            dispatcher,
+            StalenessBuffer(lambda _: None, ledger, limits),
+            ledger,
+            prompts,
+            lambda group_id, prompt: GroupRequest(group_id, prompt, False, sampling),
+        )
+        controller = Controller(
+            rollouts=rollouts,
+            learners=nothing,  # type: ignore[arg-type]
+            publisher=nothing,
+            algorithm=Grpo(),
+            correct_at=1.0,
+            max_staleness=1,
+            updates_per_step=1,
+            dump=lambda _: None,
+        )
+        seconds, sent = [], []
+        for _ in controller.steps(steps):
+            seconds.append(time.process_time())
+            sent.append(loopback_bytes())
+        rollouts.close()
+        dispatcher.close()
+        ledger.shutdown()
+    spent = [after - before for before, after in itertools.pairwise(seconds[1:])]
+    moved = [after - before for before, after in itertools.pairwise(sent[1:])]
+    return {
+        "ms_per_group": 1000 * statistics.median(spent) / PROMPTS_PER_STEP,
+        "bytes_per_sample": statistics.median(moved) / (PROMPTS_PER_STEP * GROUP_SIZE),
+        "actors": actors,
+    }
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback interface has carried."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
