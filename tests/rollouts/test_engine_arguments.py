@@ -165,9 +165,7 @@ def test_arguments_that_vllm_knows_are_accepted_before_anything_starts(model: Pa
     ("arguments", "reason"),
     [
         ({"blok_size": 32}, "blok_size"),
-        ({"quantization": "no_such_method"}, "no_such_method"),
         ({"max_num_batched_tokens": 16}, "max_num_batched_tokens"),
-        ({"kv_cache_dtype": "int3"}, "int3"),
     ],
 )
 def test_arguments_that_vllm_refuses_are_told_with_its_reason(
