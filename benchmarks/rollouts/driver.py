@@ -134,7 +134,8 @@ def _measured(engines: int, length: int, steps: int) -> dict[str, float]:
         ledger = Ledger(Path(folder))
         scoring = RewardClient([grader], Path(folder))
         dispatcher = Dispatcher([RayEngine(handle) for handle in places], scoring.score, 120.0)
-        limits = Limits("rl", PROMPTS_PER_STEP, 1, 2, steps * PROMPTS_PER_STEP, 8, 0.05)
+        # The engines stay at version 0, so the bound is that of the whole stage; two steps are kept alive.
+        limits = Limits("rl", PROMPTS_PER_STEP, steps, 2, steps * PROMPTS_PER_STEP, 8, 0.05)
         prompts = (Prompt(f"p{n}", ({"role": "user", "content": "1+1=?"},), "2", "math") for n in itertools.count())
         sampling = Sampling(GROUP_SIZE, length, 1.0)
         rollouts = TrainingRollouts(
@@ -150,7 +151,7 @@ def _measured(engines: int, length: int, steps: int) -> dict[str, float]:
             publisher=nothing,
             algorithm=Grpo(),
             correct_at=1.0,
-            max_staleness=1,
+            max_staleness=steps,
             updates_per_step=1,
             dump=lambda _: None,
         )
