@@ -108,7 +108,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What is known of a sampled completion without its tokens and its text.
+    """Facts about a sampled completion, without its tokens and its text.
 
     `completion_tokens` are those the policy chose. `version_spans` cover them all. `thinks`: the completion has a
     reasoning block with something in it.
@@ -182,7 +182,7 @@ class TextGroup:
 
 
 class Stored(Protocol):
-    """Where the tokens and the text of a group are: on the machine that made them, until they are asked for."""
+    """Handle of a group's tokens and text, which stay on the machine that made them until they are asked for."""
 
     def tokens(self) -> GroupTokens: ...
 

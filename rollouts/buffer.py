@@ -1,4 +1,4 @@
-"""Which groups may be sampled now and which train next, with a hard bound on how old a trained token can be.
+"""Admission and selection of groups under a hard bound on the age of a trained token.
 
 A group's deadline is the last weight version that may train it: the version its oldest token was sampled from, or while
 it is in flight the one it was dispatched at, plus `max_staleness`. Every version takes `prompts_per_step` groups, those
@@ -94,7 +94,7 @@ class StalenessBuffer:
                 self._flying[group_id] = version
 
     def wanted(self) -> int:
-        """How many groups to dispatch now."""
+        """Number of groups to dispatch now."""
         limits = self._limits
         steps = min(limits.pipeline_depth, self._version + limits.max_staleness - self._next_take + 1)
         places = min(steps * limits.prompts_per_step, self._left)
@@ -204,14 +204,14 @@ class StalenessBuffer:
         return limits.late_groups == "wait" and not over_dispatched and self._lacking(version) > 0
 
     def late(self, version: WeightVersion) -> list[str]:
-        """What to abort once the step at `version` was taken: groups in flight that no later step can train."""
+        """Groups in flight to abort after the step at `version`: no later step can train them."""
         if self._left <= 0 or self._limits.max_staleness == 0:
             return list(self._flying)
         return list(self._flying)[: self._excess(version + 1)] if self._limits.late_groups == "abort" else []
 
     @property
     def late_reason(self) -> str:
-        """Why the groups of `late` are aborted."""
+        """Reason for aborting the groups of `late`."""
         return "surplus" if self._left <= 0 or self._limits.max_staleness == 0 else "late"
 
     def close_surplus(self) -> None:
@@ -228,7 +228,7 @@ class StalenessBuffer:
             self._close_aborted(group_id, reason, tokens)
 
     def _lacking(self, version: WeightVersion) -> int:
-        """How many groups in flight the step at `version` has to wait for, so that later ones can take all the rest."""
+        """Number of groups in flight that the step at `version` must wait for, so that later steps have room."""
         lacking, alive, ready = 0, 0, Counter(deadline for deadline, _ in self._ready.values())
         finished = 0
         for deadline in range(version, version + self._limits.max_staleness + 1):
@@ -239,7 +239,7 @@ class StalenessBuffer:
         return lacking
 
     def _excess(self, version: WeightVersion) -> int:
-        """How many of the oldest groups in flight the takes from `version` on have no place for."""
+        """Number of the oldest groups in flight that the takes from `version` on have no room for."""
         excess, alive = 0, 0
         for deadline in range(version - 1, version + self._limits.max_staleness + 1):
             alive += self._alive[deadline]

@@ -1,4 +1,4 @@
-"""Completions of given prompts with the current policy, scored: what filter and collect stages look at."""
+"""Scored completions of given prompts with the current policy, for filter and collect stages."""
 
 from __future__ import annotations
 

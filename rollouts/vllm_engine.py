@@ -253,7 +253,7 @@ _REFUSED = "REFUSED "
 
 
 def _check(settings: dict[str, Any], device: str) -> str:
-    """What vLLM has against the settings, or an empty string."""
+    """The reason why vLLM refuses the settings, or an empty string."""
     import torch
     from vllm import AsyncEngineArgs
 

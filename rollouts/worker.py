@@ -99,7 +99,7 @@ class RolloutWorker:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the driver sees of a sampled group."""
+    """The part of a sampled group that the driver sees."""
 
     samples: tuple[Sample, ...]
     seconds: float

@@ -1,4 +1,4 @@
-"""What do rollouts, weight sync and the driver cost?
+"""Cost of rollouts, weight sync and the driver.
 
     python -m benchmarks.rollouts [PART ...] [--quick] [--baseline GIT_REF] [--output FILE.json]
 
