@@ -92,6 +92,7 @@ class StalenessBuffer:
                 self._alive[before + self._limits.max_staleness] -= 1
                 self._alive[version + self._limits.max_staleness] += 1
                 self._flying[group_id] = version
+            self._drop_unusable(version)
 
     def wanted(self) -> int:
         """Number of groups to dispatch now."""
@@ -169,7 +170,6 @@ class StalenessBuffer:
         tried. Raises GroupwiseError when none of those is trainable.
         """
         self.advance(version)
-        self._drop_unusable(version)
         wanted = min(self._limits.prompts_per_step, self._left)
         exhausted = not self._flying and not self.wanted()
         if len(self._ready) < wanted and not exhausted:
@@ -247,9 +247,7 @@ class StalenessBuffer:
         return min(excess, len(self._flying))
 
     def _drop_unusable(self, version: WeightVersion) -> None:
-        """Close groups that masking leaves fewer than two samples of; with other policies there are none."""
-        if self._limits.late_groups != "mask":
-            return
+        """Close groups that masking leaves fewer than two samples of."""
         oldest = version - self._limits.max_staleness
         for group_id, (deadline, scored) in list(self._ready.items()):
             usable = [s for s, _ in scored.valued if s.tokens_before(oldest) < s.completion_tokens]

@@ -261,6 +261,19 @@ def test_late_groups_are_aborted_where_that_is_the_policy(ledger: Ledger, make_s
     assert world.buffer.late_reason == "late"
 
 
+def test_a_group_whose_tokens_are_all_too_old_is_replaced_when_the_version_advances(
+    ledger: Ledger, make_scored: MakeScored
+) -> None:
+    world = World(make_scored, ledger, 0, prompts_per_step=2, max_staleness=1, total_groups=2, late_groups="mask")
+    assert world.dispatch() == 2
+    for number in (0, 1):
+        world.land_one(f"rl-00000{number}")
+    world.version = 2
+    world.buffer.advance(2)
+    assert ledger.counts()["stale"] == 2
+    assert world.dispatch() == 2, "before the take, which would wait for groups that nobody samples"
+
+
 @pytest.mark.parametrize(("depth", "alive"), [(1, 2), (2, 4), (3, 6)])
 def test_groups_are_kept_alive_for_as_many_steps_as_the_depth_says(
     ledger: Ledger, make_scored: MakeScored, depth: int, alive: int
