@@ -3,6 +3,7 @@
     python -m benchmarks.rollouts [PART ...] [--quick] [--baseline GIT_REF] [--output FILE.json]
 
     overlap       the loop beside its slower half, and refilling filtered groups, at staleness 1 and 0
+    vs_trl        speed, memory and learning beside the newest TRL
     weight_sync   seconds and pause of a sync by model size, engines and ZeRO stage, beside vLLM's bare reload
     driver        bytes through the driver by completion length, its time per group by engines
 

@@ -1,6 +1,7 @@
 """The whole loop beside its halves: what rollouts and learner do alone, and what they do together.
 
-One stack of real engines, learners and rewards; each measurement is a stage over it, with the same cores per role:
+One stack of real engines, learners and rewards; each measurement is a stage over it, with the same cores per role: the
+engine's processes have one to themselves, the learner has the other, which the driver and the graders share.
 
     rollouts alone      steps are taken and not trained
     learner alone       one step's samples are trained again and again
@@ -13,6 +14,7 @@ the filter over the time that their sampled tokens take without one.
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import time
@@ -20,6 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
+import ray
 
 from benchmarks.isolated import isolated
 from rewards.client import RewardClient
@@ -88,7 +93,7 @@ def config(name: str, staleness: int) -> RunConfig:
 
 
 def measure(name: str) -> dict[str, float]:
-    """All measurements of one model; runs in its own process. A learner has one thread in all of them."""
+    """All measurements of one model; runs in its own process."""
     with Stack(config(name, 1)) as stack:
         steps = STEPS[name]
         stack.rollouts_alone(1, steps)  # warms up
@@ -107,6 +112,14 @@ def measure(name: str) -> dict[str, float]:
         "refill_ratio": sampled_per_s / refilled[1]["tokens_per_s"],
         "refill_ratio_sync": sampled_per_s / refilled[0]["tokens_per_s"],
     }
+
+
+def keep_to(_: Any, cores: list[int]) -> None:
+    """Bind all threads of this process and of its descendants to some cores. An actor passes itself first."""
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, cores)
 
 
 class Stack:
@@ -148,6 +161,9 @@ class Stack:
         stage = config.stages["rl"]
         assert isinstance(stage, RlStage)
         self._learners.begin_stage(StageSetup(self._model, stage.optimizer, 1000, AlgorithmConfig(name="grpo_icepop")))
+        engine_core, *others = sorted(os.sched_getaffinity(0))
+        keep_to(None, others)  # Ray's processes descend from this one, and the learner and the graders from Ray's
+        ray.get([actor.__ray_call__.remote(keep_to, [engine_core]) for actor in engines.actors])
         return self
 
     def __exit__(self, *details: Any) -> None:
