@@ -13,9 +13,9 @@ All parts run unless some are named; figures of parts that did not run are kept 
 from __future__ import annotations
 
 from benchmarks.parts import run_parts
-from benchmarks.rollouts import driver, overlap, weight_sync
+from benchmarks.rollouts import driver, overlap, vs_trl, weight_sync
 
-PARTS = {"overlap": overlap.run, "weight_sync": weight_sync.run, "driver": driver.run}
+PARTS = {"overlap": overlap.run, "vs_trl": vs_trl.run, "weight_sync": weight_sync.run, "driver": driver.run}
 
 if __name__ == "__main__":
     run_parts("rollouts", "Rollouts, measured", __doc__, PARTS)
