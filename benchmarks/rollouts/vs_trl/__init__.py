@@ -159,7 +159,7 @@ def trl(python: Path, case: Case, settings: TrlSettings, steps: int, model: Path
 
 def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str, Any]:
     columns = "{messages: prompt, answer: answer, metadata: [ends]}"
-    source = f"{{kind: jsonl, path: {prompts}, columns: {columns}, answer_pattern: null, shuffle: false}}"
+    source = f"{{kind: jsonl, path: {prompts}, columns: {columns}, reward: reward, answer_pattern: null}}"
     _, peak = launch(
         "experiment=algorithms_online",
         "algorithm=grpo",
@@ -168,7 +168,7 @@ def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str,
         f"data.train={source}",
         f"data.evaluation={source}",
         "~rewards.components.math",
-        f"+rewards.components.reward={{path: {HERE / 'reward.py'}:reward, style: trl, applies: always}}",
+        f"+rewards.components.reward={{path: {HERE / 'reward.py'}:reward, style: trl}}",
         f"model.path={model}",
         f"model.dtype={case.dtype}",
         f"model.max_context_tokens={case.context}",
@@ -181,6 +181,7 @@ def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str,
         f"stages.rl.optimizer={{learning_rate: {case.learning_rate}, warmup_steps: 0}}",
         "++evaluation.prompts=8",
         "++evaluation.samples_per_prompt=1",
+        "++evaluation.pass_at=[1]",
         "tracking=local",
         f"run_root={folder / 'rl'}",
     )
