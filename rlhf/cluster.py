@@ -66,14 +66,13 @@ def roles(config: RunConfig) -> list[Role]:
 def learner_threads(config: RunConfig, cores: int) -> int:
     """Threads of one learner rank on a machine with so many cores.
 
-    Engines keep one thread each: generation of small batches gets slower with more. Learners of a synchronous run have
-    the machine to themselves while they work; with staleness they share it with the engines.
+    Learners of a private machine share all its cores: engines, which keep one thread each because generation of small
+    batches gets slower with more, wait in a synchronous run while learners work, and in others often enough.
     """
     ranks, cluster = config.training.ranks, config.cluster
     if cluster.device != "cpu" or cluster.address is not None:
         return max(1, int(cluster.cpus_per_learner))
-    busy = config.rollouts.num_engines if config.rollouts.max_staleness else 0
-    return max(1, (cores - busy) // ranks)
+    return max(1, cores // ranks)
 
 
 def bundles(config: RunConfig) -> list[dict[str, float]]:

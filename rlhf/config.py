@@ -252,7 +252,7 @@ class RolloutsConfig(Section):
     pipeline_depth: Positive | None = None  # steps that groups are kept alive for; None: max_staleness + 1
     late_groups: Literal["wait", "mask", "abort"] = "wait"  # too old for the next step; docs/architecture.md
     max_dispatch_factor: Positive = 8  # a step may dispatch at most this many times prompts_per_step
-    max_concurrent_samples: Positive = 256  # per engine
+    max_concurrent_samples: Positive = 512  # per engine
     kv_cache_gib: Positive = 1  # CPU engines; vLLM takes whole GiB
     engine_args: dict[str, Any] = Field(default_factory=dict)  # more of vLLM's engine arguments: name -> value
     silence_deadline_s: Seconds = 300.0  # longest wait without any group coming back
@@ -500,7 +500,11 @@ class RunConfig(Section):
 
     @property
     def attestation_limits(self) -> tuple[float, float]:
-        """(mean, maximum) allowed absolute log-prob gap in nats between learner and engine on the probe."""
-        mean, maximum = (1e-4, 1e-3) if self.model.dtype == "float32" else (2e-2, 0.5)
+        """(mean, maximum) allowed absolute log-prob gap in nats between learner and engine on the probe.
+
+        bfloat16 rounds a logit of 16 to 32 to the next eighth: SmolLM2-135M shows 0.064 on average and 0.48 at most. A
+        tensor in the wrong place costs whole nats; what is smaller the checksums see.
+        """
+        mean, maximum = (1e-4, 1e-3) if self.model.dtype == "float32" else (0.2, 2.0)
         attestation = self.weight_sync.attestation
         return attestation.max_mean_gap_nats or mean, attestation.max_gap_nats or maximum

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 
 from benchmarks.isolated import isolated
 from rewards.client import RewardClient
@@ -116,6 +117,7 @@ def measure(name: str) -> dict[str, float]:
 
 def keep_to(_: Any, cores: list[int]) -> None:
     """Bind all threads of this process and of its descendants to some cores. An actor passes itself first."""
+    torch.set_num_threads(len(cores))
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
         for thread in process.threads():
@@ -162,7 +164,8 @@ class Stack:
         assert isinstance(stage, RlStage)
         self._learners.begin_stage(StageSetup(self._model, stage.optimizer, 1000, AlgorithmConfig(name="grpo_icepop")))
         engine_core, *others = sorted(os.sched_getaffinity(0))
-        keep_to(None, others)  # Ray's processes descend from this one, and the learner and the graders from Ray's
+        keep_to(None, others)  # Ray's processes descend from this one, and all workers from Ray's
+        ray.get([worker.__ray_call__.remote(keep_to, others) for worker in self._learners._workers])
         ray.get([actor.__ray_call__.remote(keep_to, [engine_core]) for actor in engines.actors])
         return self
 

@@ -1,10 +1,10 @@
 """The newest TRL beside this program: same model, prompts, reward, group size, lengths, steps and precision.
 
 TRL runs in an environment of its own, which is made here, with its plain trainer: with vLLM in the same process it
-needs patches on a CPU, and the server mode needs NCCL. Each case first tries several settings of TRL for a few steps
-and goes on with the fastest. This program runs one engine and one learner, at `max_staleness=1`.
+needs patches on a CPU, and the server mode needs NCCL. Each case first tries several settings of TRL for a step and
+goes on with the fastest. This program runs one engine and one learner, at `max_staleness=1`.
 
-`vs_trl_*` is trained samples per second over TRL's, without the first steps. Memory is the highest sum over the
+`vs_trl_*` is trained samples per second over TRL's, without the first step. Memory is the highest sum over the
 processes of a run, memory that they share counted once.
 """
 
@@ -20,6 +20,7 @@ import venv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -34,9 +35,7 @@ from rlhf.models import prepare_model
 HERE = Path(__file__).parent
 ENVIRONMENT = REPOSITORY / ".venv-trl"
 PICTURE = RESULTS / "vs_trl.png"
-WARM_UP = 2
-PROBE_STEPS = 3
-SFT_STEPS = 400
+SFT_STEPS = 800
 _PSS_EVERY_S = 1.0
 
 
@@ -65,14 +64,12 @@ class Case:
         return self.prompts_per_step * self.group_size
 
 
-LONG_TAILED = Case(8, 4, 512, 640, 10, 5e-6, "float32", (TrlSettings(32, "float32"), TrlSettings(8, "float32")))
+LONG_TAILED = Case(4, 4, 512, 640, 6, 5e-6, "float32", (TrlSettings(16, "float32"), TrlSettings(4, "float32")))
 CASES = {
-    "tiny": Case(32, 8, 48, 128, 60, 2e-4, "float32", (TrlSettings(256, "float32"), TrlSettings(64, "float32"))),
+    "tiny": Case(32, 8, 48, 128, 60, 1e-4, "float32", (TrlSettings(256, "float32"), TrlSettings(64, "float32"))),
     "135m": LONG_TAILED,
     "135m_bfloat16": replace(
-        LONG_TAILED,
-        dtype="bfloat16",
-        trl=(TrlSettings(32, "bfloat16"), TrlSettings(8, "bfloat16"), TrlSettings(8, "float32", autocast=True)),
+        LONG_TAILED, dtype="bfloat16", trl=(TrlSettings(4, "bfloat16"), TrlSettings(4, "float32", autocast=True))
     ),
 }
 
@@ -100,7 +97,7 @@ def compare(python: Path, name: str, case: Case, folder: Path) -> dict[str, Any]
         workload.write(prompts, workload.long_tailed(4096))
         model = prepare_model(SmolLM2Model(kind="smollm2_135m"), 0, folder)
     tried = [
-        {**asdict(settings), "samples_per_s": trl(python, case, settings, PROBE_STEPS, model, prompts)["samples_per_s"]}
+        {**asdict(settings), "samples_per_s": trl(python, case, settings, 1, model, prompts)["samples_per_s"]}
         for settings in case.trl
     ]
     fastest = max(zip(tried, case.trl, strict=True), key=lambda pair: pair[0]["samples_per_s"])[1]
@@ -151,7 +148,8 @@ def trl(python: Path, case: Case, settings: TrlSettings, steps: int, model: Path
         }
         output, peak = watched([str(python), str(HERE / "trl_process.py"), json.dumps(spec)])
     found = json.loads(output.split("RESULT ", 1)[1].splitlines()[0])
-    return found | speed(found["ends_s"], case) | {"peak_memory_gib": peak} | lengths(found.pop("lengths"))
+    tokens = lengths(found.pop("lengths"))
+    return found | speed(found["ends_s"], tokens["completion_tokens_mean"], case) | tokens | {"peak_memory_gib": peak}
 
 
 # --- this program -----------------------------------------------------------------------------------------------------
@@ -159,10 +157,12 @@ def trl(python: Path, case: Case, settings: TrlSettings, steps: int, model: Path
 
 def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str, Any]:
     columns = "{messages: prompt, answer: answer, metadata: [ends]}"
-    source = f"{{kind: jsonl, path: {prompts}, columns: {columns}, reward: reward, answer_pattern: null}}"
+    source = (
+        f"{{kind: jsonl, path: {prompts}, columns: {columns}, reward: reward, answer_pattern: null, shuffle: false}}"
+    )
     _, peak = launch(
         "experiment=algorithms_online",
-        "algorithm=grpo",
+        "algorithm=grpo_icepop",
         "+algorithm.group_filter=none",
         "data=jsonl",
         f"data.train={source}",
@@ -187,12 +187,13 @@ def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str,
     )
     text = (folder / "rl" / "latest" / "metrics.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if line["stage"] == "rl" and "time/step_s" in line]
+    mean = fmean(line["trained/completion_tokens"] for line in lines)
     return {
         "rewards": [line["trained/reward_mean"] for line in lines],
         "ends_s": [line["time_s"] - lines[0]["time_s"] for line in lines],
-        "completion_tokens": [line["trained/completion_tokens"] for line in lines],
+        "completion_tokens_mean": mean,
         "peak_memory_gib": peak,
-    } | speed([line["time_s"] for line in lines], case)
+    } | speed([line["time_s"] for line in lines], mean, case)
 
 
 def launch(*arguments: str) -> tuple[str, float]:
@@ -202,10 +203,14 @@ def launch(*arguments: str) -> tuple[str, float]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def speed(ends_s: Sequence[float], case: Case) -> dict[str, float]:
-    """Trained samples per second after the first steps."""
-    counted = len(ends_s) - WARM_UP if len(ends_s) > WARM_UP + 1 else len(ends_s) - 1
-    return {"samples_per_s": counted * case.samples / (ends_s[-1] - ends_s[-1 - counted])}
+def speed(ends_s: Sequence[float], tokens: float, case: Case) -> dict[str, float]:
+    """Trained samples per second, and tokens at so many a sample, without the first step of several.
+
+    `ends_s`: when each step ended, in seconds since training began.
+    """
+    first, *others = ends_s
+    seconds = (others[-1] - first) / len(others) if others else first
+    return {"samples_per_s": case.samples / seconds, "tokens_per_s": tokens * case.samples / seconds}
 
 
 def lengths(tokens: Sequence[int]) -> dict[str, float]:

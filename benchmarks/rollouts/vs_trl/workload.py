@@ -39,7 +39,7 @@ def long_tailed(count: int) -> Iterator[dict[str, Any]]:
     """Questions with short answers, and every eighth one for a story, which an instruction-tuned model makes long."""
     rng = random.Random(0)
     for number in range(count):
-        if number % 8 == 5:
+        if number % 8 == 1:
             place, hero = rng.choice(_PLACES), rng.choice(_HEROES)
             question, answer = f"Write a long story about a {hero} in a {place}.", place
         elif rng.random() < 0.5:
