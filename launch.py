@@ -37,7 +37,7 @@ from rlhf.config import RunConfig
 from rlhf.console import RunConsole
 from rlhf.errors import ConfigError, GroupwiseError
 from rlhf.gpu_turns import EngineTurns
-from rlhf.models import load_tokenizer, prepare_model
+from rlhf.models import load_tokenizer, policy_config, prepare_model
 from rlhf.pipeline import Pipeline
 from rlhf.plan import plan
 from rlhf.plugins import load_modules
@@ -54,7 +54,7 @@ from rollouts.prompts import evaluation_prompts
 from rollouts.rendering import Renderer
 from rollouts.run_data import RunData, reasoning_modes
 from rollouts.sources import Sources, check_prompts
-from rollouts.vllm_engine import check_settings
+from rollouts.vllm_engine import check_cache, check_settings
 from rollouts.worker import RayEngine, RayEngines
 
 CONF = Path(__file__).parent / "conf"
@@ -138,6 +138,7 @@ def start(
     held_out = evaluation_prompts(sources.evaluation, config.evaluation.prompts)
     modes = reasoning_modes(config, renderer)
     check_prompts(config, renderer, sources, held_out, modes)
+    check_cache(config, policy_config(model, trust_remote_code=config.model.trust_remote_code))
     if config.rollouts.engine_args:
         check_settings(config, model)
     console.note(f"starting Ray, learners, engines{', servers' if config.servers else ''} and reward workers ...")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from rlhf.config import RunConfig
 from rlhf.errors import ConfigError
@@ -231,6 +232,30 @@ def complete_settings(model_path: str, settings: Mapping[str, Any], transport: s
 
 
 # --- before anything starts -------------------------------------------------------------------------------------------
+
+
+def check_cache(config: RunConfig, shape: PreTrainedConfig) -> None:
+    """The cache of a CPU engine holds one whole sequence of a model of this shape. Raises ConfigError."""
+    gib, context = config.rollouts.kv_cache_gib, config.model.max_context_tokens
+    needed = sequence_cache_bytes(shape, context, 4 if config.model.dtype == "float32" else 2)
+    needed //= config.rollouts.tensor_parallel_size
+    if config.cluster.device == "cpu" and needed > gib << 30:
+        least = -(-needed >> 30)
+        rule = (
+            f"must hold one sequence of model.max_context_tokens = {context}, which takes {needed / (1 << 30):.3g} GiB"
+        )
+        fix = f"Set it to {least} or more, or lower the context."
+        raise ConfigError([f"rollouts.kv_cache_gib = {gib}: {rule}. An engine could not start. {fix}"])
+
+
+def sequence_cache_bytes(shape: PreTrainedConfig, context: int, bytes_per_value: int) -> int:
+    """Size of the keys and values of one sequence of `context` tokens; a sliding layer keeps its window."""
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    layers = getattr(shape, "layer_types", None) or ["full_attention"] * shape.num_hidden_layers
+    window = getattr(shape, "sliding_window", None) or context
+    tokens = sum(min(window, context) if layer == "sliding_attention" else context for layer in layers)
+    return 2 * heads * width * bytes_per_value * tokens
 
 
 def check_settings(config: RunConfig, model_path: Path) -> None:

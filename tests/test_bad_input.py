@@ -124,6 +124,10 @@ def jsonl(tmp_path: Path):
         (["weight_sync.kv_cache=clear"], ["weight_sync.kv_cache = 'clear'", "recompute, keep"]),
         (["weight_sync.clear_kv_cache=true"], ["weight_sync.clear_kv_cache", "is not a key of weight_sync"]),
         (["rollouts.prefix_caching=false"], ["rollouts.prefix_caching", "is not a key of rollouts"]),
+        (
+            ["model.max_context_tokens=10000000"],
+            ["rollouts.kv_cache_gib = 1", "model.max_context_tokens = 10000000", "Set it to", "lower the context"],
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key_and_what_to_do(tmp_path, overrides, expected):

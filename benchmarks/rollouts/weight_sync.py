@@ -1,4 +1,7 @@
-"""Weight sync of the real stack: seconds, and the pause of generation beside vLLM's bare reload of the same weights."""
+"""Weight sync of the real stack: seconds, and the pause of generation beside vLLM's bare reload of the same weights.
+
+With `--baseline`, short runs of both checkouts say how much faster a sync has become.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.isolated import isolated
+from benchmarks.isolated import REPOSITORY, isolated
+from benchmarks.rollouts.runs import launch, step_lines
 from rlhf.cluster import Cluster
 from rlhf.config import RunConfig
 from rlhf.models import prepare_model
@@ -37,8 +41,8 @@ LAYOUTS = ((1, 1), (2, 1), (1, 3), (2, 3))
 SYNCS = 5
 
 
-def run(*, quick: bool, **_: Any) -> dict[str, Any]:
-    """One row for each model and layout."""
+def run(*, quick: bool, baseline: Path | None, **_: Any) -> dict[str, Any]:
+    """One row for each model and layout; short runs of this checkout and the baseline with the two smaller models."""
     names, layouts = (("0.66m", "135m"), LAYOUTS[:1]) if quick else (tuple(MODELS), LAYOUTS)
     rows, reloads = [], {}
     for name in names:
@@ -52,7 +56,35 @@ def run(*, quick: bool, **_: Any) -> dict[str, Any]:
     figures = {f"pause_over_reload_{name}": pauses[name] / reloads[name]["reload_s"] for name in names}
     seconds = {row["model"]: row["seconds"] for row in rows if (row["engines"], row["zero_stage"]) == LAYOUTS[0]}
     figures |= {f"sync_s_{name}": seconds[name] for name in names}
-    return {"rows": rows, "bare_reload": reloads, "figures": figures}
+    whole_runs: dict[str, dict[str, float]] = {}
+    for name in ("0.66m", "135m") if baseline else ():
+        assert baseline is not None
+        whole_runs[name] = {"this_s": sync_of_a_run(name, REPOSITORY), "baseline_s": sync_of_a_run(name, baseline)}
+        figures[f"sync_over_baseline_{name}"] = whole_runs[name]["this_s"] / whole_runs[name]["baseline_s"]
+    return {"rows": rows, "bare_reload": reloads, "whole_runs": whole_runs, "figures": figures}
+
+
+def sync_of_a_run(name: str, checkout: Path) -> float:
+    """Median seconds of a sync in a short RL run, as the run itself logs them."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch(
+            "experiment=algorithms_online",
+            f"model={MODELS[name]['kind']}",
+            "++model.max_context_tokens=128",
+            "++algorithm.group_filter=none",
+            "++rollouts.group_size=4",
+            "++rollouts.max_completion_tokens=8",
+            "++stages.rl.steps=5",
+            "++stages.rl.prompts_per_step=2",
+            "++stages.rl.optimizer.warmup_steps=1",
+            "++evaluation.prompts=1",
+            "++evaluation.samples_per_prompt=1",
+            "++evaluation.pass_at=[1]",
+            "tracking=local",
+            f"run_root={folder}",
+            checkout=checkout,
+        )
+        return statistics.median(line["sync/s"] for line in step_lines(Path(folder)))
 
 
 def config(name: str, engines: int, zero_stage: int) -> RunConfig:

@@ -11,11 +11,8 @@ processes of a run, memory that they share counted once.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
-import threading
 import venv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.isolated import REPOSITORY
 from benchmarks.parts import RESULTS
+from benchmarks.rollouts.runs import launch, step_lines, tiny_model, watched
 from benchmarks.rollouts.vs_trl import workload
 from rlhf.config import SmolLM2Model
 from rlhf.models import prepare_model
@@ -35,8 +32,6 @@ from rlhf.models import prepare_model
 HERE = Path(__file__).parent
 ENVIRONMENT = REPOSITORY / ".venv-trl"
 PICTURE = RESULTS / "vs_trl.png"
-SFT_STEPS = 800
-_PSS_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ def compare(python: Path, name: str, case: Case, folder: Path) -> dict[str, Any]
     prompts = folder / "prompts.jsonl"
     if name == "tiny":
         workload.write(prompts, workload.arithmetic(4096))
-        model = tiny_model(folder)
+        model = tiny_model(folder / "sft")
     else:
         workload.write(prompts, workload.long_tailed(4096))
         model = prepare_model(SmolLM2Model(kind="smollm2_135m"), 0, folder)
@@ -110,14 +105,6 @@ def compare(python: Path, name: str, case: Case, folder: Path) -> dict[str, Any]
         "trl": theirs,
         "trl_settings_tried": tried,
     }
-
-
-def tiny_model(folder: Path) -> Path:
-    """The quickstart's model after a short SFT, from which RL can learn."""
-    launch(
-        "experiment=algorithms_base", f"stages.sft.steps={SFT_STEPS}", "tracking=local", f"run_root={folder / 'sft'}"
-    )
-    return (folder / "sft" / "latest" / "policy").resolve()
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
@@ -160,7 +147,7 @@ def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str,
     source = (
         f"{{kind: jsonl, path: {prompts}, columns: {columns}, reward: reward, answer_pattern: null, shuffle: false}}"
     )
-    _, peak = launch(
+    peak = launch(
         "experiment=algorithms_online",
         "algorithm=grpo_icepop",
         "+algorithm.group_filter=none",
@@ -185,8 +172,7 @@ def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str,
         "tracking=local",
         f"run_root={folder / 'rl'}",
     )
-    text = (folder / "rl" / "latest" / "metrics.jsonl").read_text()
-    lines = [line for line in map(json.loads, text.splitlines()) if line["stage"] == "rl" and "time/step_s" in line]
+    lines = step_lines(folder / "rl")
     mean = fmean(line["trained/completion_tokens"] for line in lines)
     return {
         "rewards": [line["trained/reward_mean"] for line in lines],
@@ -194,10 +180,6 @@ def groupwise(case: Case, model: Path, prompts: Path, folder: Path) -> dict[str,
         "completion_tokens_mean": mean,
         "peak_memory_gib": peak,
     } | speed([line["time_s"] for line in lines], mean, case)
-
-
-def launch(*arguments: str) -> tuple[str, float]:
-    return watched([sys.executable, "launch.py", *arguments])
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -222,40 +204,3 @@ def lengths(tokens: Sequence[int]) -> dict[str, float]:
         "completion_tokens_max": ordered[-1],
         "below_64_tokens": sum(length < 64 for length in ordered) / len(ordered),
     }
-
-
-def watched(command: list[str]) -> tuple[str, float]:
-    """What a command printed, and the highest memory of its processes together in GiB."""
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
-    )
-    peak, ended = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(_PSS_EVERY_S):
-            peak = max(peak, proportional_bytes(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, _ = process.communicate()
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:3])} ended with status {process.returncode}:\n{output[-3000:]}")
-    return output, peak / (1 << 30)
-
-
-def proportional_bytes(pid: int) -> int:
-    """Memory of a process and its descendants, of shared pages each its share."""
-    total = 0
-    try:
-        parent = psutil.Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue  # it has ended
-    except psutil.Error:
-        pass
-    return total
