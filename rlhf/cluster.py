@@ -66,8 +66,8 @@ def roles(config: RunConfig) -> list[Role]:
 def learner_threads(config: RunConfig, cores: int) -> int:
     """Threads of one learner rank on a machine with so many cores.
 
-    Learners of a private machine share all its cores: engines, which keep one thread each because generation of small
-    batches gets slower with more, wait in a synchronous run while learners work, and in others often enough.
+    Engines keep one thread each: generation of small batches gets slower with more. Learners of a private machine share
+    all its cores, also with staleness, because engines then still wait a part of the time.
     """
     ranks, cluster = config.training.ranks, config.cluster
     if cluster.device != "cpu" or cluster.address is not None:

@@ -502,8 +502,8 @@ class RunConfig(Section):
     def attestation_limits(self) -> tuple[float, float]:
         """(mean, maximum) allowed absolute log-prob gap in nats between learner and engine on the probe.
 
-        bfloat16 rounds a logit of 16 to 32 to the next eighth: SmolLM2-135M shows 0.064 on average and 0.48 at most. A
-        tensor in the wrong place costs whole nats; what is smaller the checksums see.
+        bfloat16 rounds a logit between 16 and 32 to a multiple of an eighth: SmolLM2-135M shows 0.064 on average and
+        0.48 at most from rounding alone. A tensor in the wrong place costs whole nats.
         """
         mean, maximum = (1e-4, 1e-3) if self.model.dtype == "float32" else (0.2, 2.0)
         attestation = self.weight_sync.attestation

@@ -2,7 +2,8 @@
 
 TRL runs in an environment of its own, which is made here, with its plain trainer: with vLLM in the same process it
 needs patches on a CPU, and the server mode needs NCCL. Each case first tries several settings of TRL for a step and
-goes on with the fastest. This program runs one engine and one learner, at `max_staleness=1`.
+goes on with the fastest. This program runs one engine and one learner, at `max_staleness=1`. TRL's loss is GRPO on
+fresh samples; ours is GRPO with IcePop's mask, because its samples are one version old.
 
 `vs_trl_*` is trained samples per second over TRL's, without the first step. Memory is the highest sum over the
 processes of a run, memory that they share counted once.
