@@ -41,8 +41,9 @@ def run_zero3_ranks(module: str, ranks: int, arguments: Sequence[Any]) -> list[A
 def start_script(
     command: list[str], *, root: Path = REPOSITORY, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start `command` with the packages of the checkout `root`."""
-    variables = {**os.environ, "PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    """Start `command` with the packages of the checkout `root` before those of this process."""
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
     return subprocess.Popen(
         command,
         cwd=root,

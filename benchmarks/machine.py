@@ -18,11 +18,13 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def facts() -> dict[str, Any]:
-    """CPU, memory, versions and the speed of a matrix product in both precisions, with all cores."""
+    """CPU, memory, versions, the speed of a matrix product in both precisions with all cores, and the GPU if any."""
     info = Path("/proc/cpuinfo").read_text()
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": named.get("model name", platform.processor()),
         "family": named.get("cpu family", ""),
         "flags": [flag for flag in _FLAGS if f" {flag} " in f"{named.get('flags', '')} "],

@@ -76,5 +76,6 @@ def table(title: str, whole: Mapping[str, Any]) -> str:
         machine = part["machine"]
         speeds = f"float32 {machine['float32_gflops']:g}, bfloat16 {machine['bfloat16_gflops']:g} GFLOP/s"
         short = " (quick)" if part["quick"] else ""
-        lines.append(f"| {name}{short} | {machine['cpu']}, {machine['cores']} cores, {speeds} | {part['date']} |")
+        processor = ", ".join(filter(None, [machine.get("gpu"), machine["cpu"]]))
+        lines.append(f"| {name}{short} | {processor}, {machine['cores']} cores, {speeds} | {part['date']} |")
     return "\n".join(lines) + "\n"

@@ -57,15 +57,16 @@ def run(*, quick: bool, **_: Any) -> dict[str, Any]:
     }
 
 
-def write_model(path: Path, layers: int) -> int:
-    """Random bfloat16 weights in shards, written layer by layer; returns the number of parameters."""
+def write_model(path: Path | str, layers: int, device: str = "cpu") -> int:
+    """Random bfloat16 weights in shards, made on `device`; returns the number of parameters."""
     from transformers import Exaone4Config, Exaone4ForCausalLM
 
     types = ["full_attention"] * layers
     config = Exaone4Config(**ARCHITECTURE | {"num_hidden_layers": layers, "layer_types": types})
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = Exaone4ForCausalLM(config)
+    with torch.device(device):
+        model = Exaone4ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(path, max_shard_size="1GB")
     return sum(parameter.numel() for parameter in model.parameters())

@@ -41,6 +41,7 @@ class Task:
     training: dict[str, Any]
     steps: int
     warm_up: int
+    device: str = "cpu"
 
 
 def run_config(task: Task) -> Any:
@@ -60,6 +61,7 @@ def run_config(task: Task) -> Any:
             "algorithm": ALGORITHM,
             "rewards": {"components": {"math": {}}},
             "training": {"ranks": task.ranks, **task.training},
+            "cluster": {"device": task.device},
         }
     )
 
@@ -161,7 +163,8 @@ def step_of_padded_api(task: Task, config: Any) -> Callable[[], int]:
 
 def main() -> None:
     task = Task(**json.loads(sys.argv[1]))
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(task.ranks)}
+    if task.device == "cpu":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(task.ranks)}
     torch.set_num_threads(task.threads)
     config = run_config(task)
     ragged = importlib.util.find_spec("rlhf.batches.ragged") if is_package("rlhf.batches") else None
@@ -173,7 +176,10 @@ def main() -> None:
         started = time.perf_counter()
         tokens = step()
         seconds.append(time.perf_counter() - started)
-    print("RESULT " + json.dumps({"seconds": seconds, "trained_tokens": tokens}), flush=True)
+    result: dict[str, Any] = {"seconds": seconds, "trained_tokens": tokens}
+    if task.device == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
+    print("RESULT " + json.dumps(result), flush=True)
 
 
 def is_package(name: str) -> bool:

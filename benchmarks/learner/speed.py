@@ -127,12 +127,13 @@ def our_step(case: dict[str, Any], dtype: str, threads: int) -> Callable[[], int
 class BareLoop:
     """Forward, backward and AdamW in plain PyTorch."""
 
-    def __init__(self, case: dict[str, Any], dtype: str) -> None:
+    def __init__(self, case: dict[str, Any], dtype: str, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
-        self._dtype = getattr(torch, dtype)
+        self._device = device
         config = policy_config(case["model"])
-        self._model = AutoModelForCausalLM.from_pretrained(case["model"], config=config, dtype=self._dtype)
+        model = AutoModelForCausalLM.from_pretrained(case["model"], config=config, dtype=getattr(torch, dtype))
+        self._model = model.to(device)
         self._masters = [p.detach().float().clone().requires_grad_() for p in self._model.parameters()]
         self._optimizer = torch.optim.AdamW(self._masters, lr=1e-6, weight_decay=0.0, fused=True)
         self._stored = np.load(case["samples"])
@@ -177,7 +178,7 @@ class BareLoop:
                 values = self._stored["token_ids"][offsets[number] : offsets[number + 1]]
                 token_ids[row, : len(values)] = torch.from_numpy(values.astype(np.int64))
                 mask[row, prompts[number] : len(values)] = True
-            yield token_ids, mask
+            yield token_ids.to(self._device), mask.to(self._device)
             start += len(rows)
 
 
@@ -216,8 +217,12 @@ def timed_ranks(
     training: dict[str, Any],
     *,
     steps: int = 2,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Median seconds of a step with all ranks, each in a process of its own; one step warms up."""
+    """Median seconds of a step with all ranks, each in a process of its own; one step warms up.
+
+    On a GPU also the highest memory of a rank.
+    """
     cores, port = os.cpu_count() or 1, free_port()
     threads = max(1, cores // ranks)
     processes = []
@@ -234,15 +239,18 @@ def timed_ranks(
             "training": training,
             "steps": steps,
             "warm_up": 1,
+            "device": device,
         }
         command = [sys.executable, str(RANK_PROCESS), json.dumps(task)]
         processes.append(start_script(command, root=root, environment={"OMP_NUM_THREADS": str(threads)}))
     results = [finish(process) for process in processes]
     slowest = [max(values) for values in zip(*(result["seconds"] for result in results), strict=True)]
-    return {
+    found = {
         "seconds": statistics.median(slowest),
         "trained_tokens": sum(result["trained_tokens"] for result in results),
     }
+    peaks = [result["peak_gib"] for result in results if "peak_gib" in result]
+    return found | ({"peak_gib": max(peaks)} if peaks else {})
 
 
 def _seconds(step: Callable[[], int]) -> float:

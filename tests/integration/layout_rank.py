@@ -7,8 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-RANK, RANKS, PORT, MODEL = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
+RANK, RANKS, PORT, MODEL, DEVICE = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
+os.environ |= {"LOCAL_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
+if DEVICE == "cpu":
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -80,6 +82,7 @@ def config(zero_stage: int, offload_reference: bool = False) -> RunConfig:
             "algorithm": {"name": "grpo_icepop"},
             "rewards": {"components": {"math": {}}},
             "rollouts": {"temperature": 0.8},
+            "cluster": {"device": DEVICE},
             "training": {"ranks": RANKS, "zero_stage": zero_stage, "offload_reference": offload_reference},
         }
     )

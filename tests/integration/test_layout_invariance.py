@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf.config import Exaone4TinyModel
 from rlhf.models import prepare_model
@@ -24,18 +25,18 @@ pytestmark = pytest.mark.integration
 Figures = dict[tuple[int, int, int, bool, str], list[list[float]]]
 
 
-def figures(model: Path, ranks: int) -> Figures:
+def figures(model: Path, ranks: int, device: str = "cpu") -> Figures:
     """(zero stage, ranks, token budget, recomputed, algorithm) -> (loss, gradient norm) of three steps."""
     port = str(free_port())
     command = [sys.executable, str(Path(__file__).with_name("layout_rank.py"))]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), port, str(model)],
+            [*command, str(rank), str(ranks), port, str(model), device],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
         )
         for rank in range(ranks)
     ]
@@ -46,9 +47,13 @@ def figures(model: Path, ranks: int) -> Figures:
 
 
 @pytest.fixture(scope="module")
-def all_figures(tmp_path_factory: pytest.TempPathFactory) -> Figures:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Exaone4TinyModel(kind="exaone4_tiny", hidden_size=32, intermediate_size=64, heads=2, kv_heads=1)
-    model = prepare_model(config, 0, tmp_path_factory.mktemp("model") / "tiny")
+    return prepare_model(config, 0, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def all_figures(model: Path) -> Figures:
     return figures(model, 1) | figures(model, 2)
 
 
@@ -74,3 +79,12 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_layout(all_figures, algo
             assert loss == pytest.approx(expected_loss, abs=1e-5), key
             assert norm == pytest.approx(expected_norm, rel=1e-5, abs=1e-5), key
     assert len({round(norm, 6) for _, norm in reference}) == 3, "three steps must do three different things"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_losses_and_gradient_norms_of_a_cpu(model):
+    on_cpu, on_gpu = figures(model, 1), figures(model, 1, "cuda")
+    assert on_gpu.keys() == on_cpu.keys()
+    for key, values in on_gpu.items():
+        for found, expected in zip(values, on_cpu[key], strict=True):
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), key

@@ -217,8 +217,9 @@ def some_tokens() -> Tensor:
 
 
 def packed_logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    layout = PackLayout.of(LENGTHS, CPU)
+    device = token_ids.device
+    positions = torch.cat([torch.arange(length, device=device) for length in LENGTHS])[None]
+    layout = PackLayout.of(LENGTHS, device)
     return model(input_ids=token_ids, position_ids=positions, use_cache=False, layout=layout).logits
 
 
@@ -368,3 +369,15 @@ def test_the_flash_kernel_agrees_with_a_softmax_per_sequence(window: int | None)
         torch.autograd.grad(output.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
     ):
         torch.testing.assert_close(gradient, wanted, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_packed_model_on_a_gpu_gives_what_it_gives_for_each_sequence_alone() -> None:
+    packed_model, plain_model = (model.to("cuda", torch.bfloat16) for model in twins(exaone))
+    token_ids = some_tokens().cuda()
+    together = packed_logits(packed_model, token_ids)
+    alone = torch.cat([plain_model(input_ids=ids, use_cache=False).logits for ids in token_ids.split(LENGTHS, 1)], 1)
+    assert (together - alone).float().norm() < 0.02 * alone.float().norm()  # both are rounded
+    expected = gradients_of(plain_model, alone)
+    for name, gradient in gradients_of(packed_model, together).items():
+        assert (gradient - expected[name]).float().norm() < 0.05 * expected[name].float().norm(), name

@@ -123,3 +123,10 @@ def test_digests_are_read_by_name_in_order_and_one_can_be_taken_over() -> None:
     second.copy_from(first, "a")
     assert list(first.read()) == ["b", "a"]
     assert second.read() == {"a": first.read()["a"]}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_computes_the_sum_that_is_computed_here(dtype: torch.dtype) -> None:
+    tensor = random_tensor(dtype, 3000, 1501)  # more than one chunk
+    assert int(device_sum(tensor.cuda())) == int(device_sum(tensor))

@@ -346,3 +346,22 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_in_either_pass() -> None:
 
 def test_by_default_a_chunk_of_a_large_vocabulary_holds_hundreds_of_rows() -> None:
     assert 256 <= CHUNK_LOGITS // 153_600 <= 1024
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_dtype
+@chunks
+def test_a_gpu_gives_the_same_values_and_gradients(dtype: torch.dtype, rows: int) -> None:
+    case = Case(dtype)
+    expected, expected_entropy = case.at_once(0.7)
+    on_gpu = [tensor.detach().cuda().requires_grad_() for tensor in case.leaves]
+    hidden, weight, bias = on_gpu
+    logprobs, entropy = head_logprobs(
+        hidden, weight, case.targets.cuda(), bias=bias, temperature=0.7, chunk_logits=rows * VOCABULARY
+    )
+    close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    torch.testing.assert_close(logprobs.double().cpu(), expected, **close)
+    torch.testing.assert_close(entropy.double().cpu(), expected_entropy, **close)
+    gradients = torch.autograd.grad((logprobs * case.upstream.to(logprobs)).sum(), on_gpu)
+    for found, wanted in zip(gradients, case.gradients(expected), strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, **close)
