@@ -46,12 +46,12 @@ class _HeadLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        kept: list[Tensor] = []
+        kept: tuple[Tensor, ...] = ()
         for part in _chunks(len(hidden), rows):
             logits = _logits(hidden[part], weight, bias, temperature)
-            probabilities = _softmax_(logits, targets[part], logprobs[part], entropy[part], bias is not None)
+            softmax = _softmax_(logits, targets[part], logprobs[part], entropy[part], bias is not None)
             if len(hidden) <= rows and any(ctx.needs_input_grad):
-                kept = [probabilities]
+                kept = softmax
         ctx.save_for_backward(hidden, weight, bias, targets, *kept)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy)
@@ -67,10 +67,10 @@ class _HeadLogprobs(torch.autograd.Function):
         to_weight = _sum_like(weight, ctx.needs_input_grad[1])
         to_bias = _sum_like(bias, ctx.needs_input_grad[2])
         for part in _chunks(len(hidden), ctx.rows):
-            slope = kept[0] if kept else _probabilities(hidden[part], weight, bias, ctx.temperature)
+            weights, total = kept or _softmax(hidden[part], weight, bias, ctx.temperature)
             # d log p(target) / d logit = (1 at the target, else 0) - p, over the temperature.
-            scale = (upstream[part] / ctx.temperature).to(slope.dtype)[:, None]
-            slope.mul_(-scale).scatter_add_(1, targets[part, None], scale)
+            scale = (upstream[part] / ctx.temperature).to(weights.dtype)[:, None]
+            slope = weights.mul_(-scale / total).scatter_add_(1, targets[part, None], scale)
             narrow = slope.to(weight.dtype)
             if to_hidden is not None:
                 torch.mm(narrow, weight, out=to_hidden[part])
@@ -99,8 +99,10 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _softmax_(logits: Tensor, targets: Tensor, logprobs: Tensor, entropy: Tensor, may_be_infinite: bool) -> Tensor:
-    """Fill `logprobs` and `entropy` [m] and return the probabilities [m, V]; `logits` are used up."""
+def _softmax_(
+    logits: Tensor, targets: Tensor, logprobs: Tensor, entropy: Tensor, may_be_infinite: bool
+) -> tuple[Tensor, Tensor]:
+    """Fill `logprobs` and `entropy` [m]. Returns what `_softmax` does; `logits` are used up."""
     shifted = logits.sub_(logits.amax(-1, keepdim=True))
     chosen = shifted.gather(-1, targets[:, None]).squeeze(-1)
     weights = shifted.exp()
@@ -112,13 +114,14 @@ def _softmax_(logits: Tensor, targets: Tensor, logprobs: Tensor, entropy: Tensor
     # The entropy is log(total) - sum(p * shifted); the product is a dot per row, without a third table.
     expected = torch.bmm(weights[:, None], shifted[:, :, None]).view(-1) / total
     torch.sub(total.log(), expected, out=entropy)
-    return weights.div_(total[:, None])
+    return weights, total[:, None]
 
 
-def _probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """(weights [m, V], their sums [m, 1]): probabilities before the division, which would be one more pass."""
     logits = _logits(hidden, weight, bias, temperature)
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    return weights.div_(weights.sum(-1, keepdim=True))
+    return weights, weights.sum(-1, keepdim=True)
 
 
 def _sum_like(parameter: Tensor | None, needed: bool) -> Tensor | None:
