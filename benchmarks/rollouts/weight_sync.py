@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.isolated import REPOSITORY, isolated
 from benchmarks.rollouts.runs import launch, step_lines
-from rlhf.cluster import Cluster
+from rlhf.cluster import Cluster, roles
 from rlhf.config import RunConfig
 from rlhf.models import prepare_model
 from rlhf.training.worker import RayLearnerGroup
@@ -48,7 +48,7 @@ def run(*, quick: bool, baseline: Path | None, **_: Any) -> dict[str, Any]:
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             model = str(prepare_model(config(name, 1, 1).model, 0, Path(folder) / "model"))
-            reloads[name] = isolated(bare_reload, name, model, environment=vllm_environment("cpu", 1))
+            reloads[name] = isolated(bare_reload, name, model, environment=engine_environment(config(name, 1, 1)))
             for engines, stage in layouts:
                 found = isolated(syncs, name, model, engines, stage)
                 rows.append({"model": name, "engines": engines, "zero_stage": stage, **found})
@@ -101,6 +101,13 @@ def config(name: str, engines: int, zero_stage: int) -> RunConfig:
             "training": {"ranks": 2, "zero_stage": zero_stage},
         }
     )
+
+
+def engine_environment(chosen: RunConfig) -> dict[str, str]:
+    """That of an engine of a run: as many threads, and no spinning."""
+    [threads] = {role.threads for role in roles(chosen) if role.name.startswith("engine")}
+    threading = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**vllm_environment("cpu", chosen.rollouts.kv_cache_gib), **threading}
 
 
 def syncs(name: str, model: str, engines: int, zero_stage: int) -> dict[str, float]:
