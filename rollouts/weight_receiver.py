@@ -108,8 +108,9 @@ class _StagedEngine(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: StagedUpdateInfo) -> None:
-        for _, group in sorted(self._groups.items()):
-            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in group)
+        # In one call, because vLLM looks all parameters of the model up at each.
+        groups = (group for _, group in sorted(self._groups.items()))
+        self.model.load_weights((name, tensor.to(self.device)) for group in groups for name, tensor in group)
 
     def shutdown(self) -> None:
         self._forget(version=-1)

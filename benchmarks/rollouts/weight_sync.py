@@ -104,9 +104,9 @@ def config(name: str, engines: int, zero_stage: int) -> RunConfig:
 
 
 def engine_environment(chosen: RunConfig) -> dict[str, str]:
-    """That of an engine of a run: as many threads, and no spinning."""
+    """That of an engine of a run, as many threads that do not spin, without what the program adds for its reloads."""
     [threads] = {role.threads for role in roles(chosen) if role.name.startswith("engine")}
-    threading = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    threading = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GLIBC_TUNABLES": ""}
     return {**vllm_environment("cpu", chosen.rollouts.kv_cache_gib), **threading}
 
 
