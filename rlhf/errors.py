@@ -45,6 +45,10 @@ class StorageError(GroupwiseError):
     """A file or directory cannot be written; the message names the path, the space it needs and what is free."""
 
 
+class CheckpointError(GroupwiseError):
+    """A checkpoint is damaged, or is not one of this run; the message names the file and what is wrong with it."""
+
+
 class RewardFailureError(GroupwiseError):
     """More rewards failed than the error budget allows; carries the author's traceback."""
 

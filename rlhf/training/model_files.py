@@ -7,13 +7,9 @@ renames the finished directory into place.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlhf.errors import ConfigError, StorageError
+from rlhf.checkpoints.directories import staged, storage_errors, sync
+from rlhf.errors import ConfigError
 from rlhf.weight_sync.source import ParameterMeta
 
 SINGLE_FILE = "model.safetensors"
@@ -185,13 +182,13 @@ def write_model(
     try:
         shards = plan_shards(metadata, shard_bytes)
         needed = sum(shard.file_bytes for shard in shards)
-        with _storage_errors(target, needed), _staged(target) as partial:
+        with storage_errors(target, needed, "a model"), staged(target) as partial:
             _write_shards(partial, shards, remaining)
             if len(shards) > 1:
                 _write_index(partial, shards)
             save_rest(partial)
             for path in partial.rglob("*"):
-                _sync(path)
+                sync(path)
     except Exception:
         for _ in remaining:
             pass
@@ -291,88 +288,3 @@ def _write_tensor(file: BinaryIO, shard: Shard, meta: ParameterMeta, found: Name
     values = tensor.detach().cpu().contiguous()
     file.seek(len(shard.header) + shard.offsets[meta.name])
     file.write(values.view(-1).view(torch.uint8).numpy().data)
-
-
-# --- the directory --------------------------------------------------------------------------------
-
-REASONS = {
-    errno.ENOSPC: "The disk is full",
-    errno.EDQUOT: "The disk quota is used up",
-    errno.EACCES: "Permission is denied",
-    errno.EPERM: "The operation is not permitted",
-    errno.EROFS: "The file system is read-only",
-    errno.ENOTDIR: "A part of the path is a file",
-    errno.EEXIST: "A part of the path is a file",
-    errno.EIO: "The disk reports an input/output error",
-}
-"""Errors that are the fault of the place. Others, such as a lost connection, are not."""
-
-
-@contextmanager
-def _storage_errors(target: Path, needed: int) -> Iterator[None]:
-    """Check that `needed` bytes are free; turn errors of the disk in the block to StorageError."""
-    if target.exists() and not target.is_dir():
-        raise _storage_error(target, needed, REASONS[errno.ENOTDIR])
-    if _free_bytes(target) < needed:
-        raise _storage_error(target, needed, REASONS[errno.ENOSPC])
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REASONS:
-            raise
-        raise _storage_error(target, needed, f"{REASONS[error.errno]} ({error})") from error
-
-
-def _storage_error(target: Path, needed: int, reason: str) -> StorageError:
-    free = _free_bytes(target) / 2**30
-    space = f"{needed / 2**30:,.2f} GiB are needed and {free:,.2f} GiB are free"
-    fix = "Free space there, or choose a directory on another disk that this user may write."
-    return StorageError(f"{target}: a model must be written here. {reason}; {space}. {fix}")
-
-
-def _free_bytes(target: Path) -> int:
-    """Free space of the file system that `target` is on, or will be."""
-    existing = next(path for path in (target, *target.parents) if path.is_dir())
-    return shutil.disk_usage(existing).free
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """Make a directory that becomes `target` when the block ends, and is removed when it raises."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield partial
-        # mkdtemp made it private; other users' workers may have to read it.
-        partial.chmod(0o755)
-        _sync(partial)
-        _replace(partial, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Rename `new` to `target`. What was there is moved aside, and back if the rename fails."""
-    if not target.exists():
-        new.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        old = target.rename(aside / target.name)
-        try:
-            new.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file, or the entries of the directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
