@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf.config import RunConfig
 from rlhf.errors import DeadlineError, GroupwiseError, WorkerLostError
+from rlhf.runtime.session_folder import SessionFolder
 from rlhf.samples import GroupTokens, TextGroup
 
 OBJECT_STORE_ENVIRONMENT = {"RAY_max_direct_call_object_size": "8192"}
@@ -92,7 +92,7 @@ class Cluster:
         self._config = config
         self._logs = run_dir / "logs"
         self._owned = config.cluster.address is None
-        self._temp_dir: Path | None = None
+        self._session: SessionFolder | None = None
         self._group: PlacementGroup | None = None
 
     def __enter__(self) -> Cluster:
@@ -110,9 +110,9 @@ class Cluster:
             remove_placement_group(self._group)
         if ray.is_initialized():
             ray.shutdown()
-        if self._temp_dir is not None:
-            self._keep_ray_logs(self._temp_dir)
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+        if self._session is not None:
+            self._keep_ray_logs(self._session.path)
+            self._session.remove()
 
     def options(self, role: Role, environment: dict[str, str]) -> dict[str, Any]:
         """Ray actor options for `role`, with the environment variables its process starts with."""
@@ -136,12 +136,11 @@ class Cluster:
             return
         # Ray lowers the priority of its workers by 15: any other program on the machine would starve the learners.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # Ray puts unix sockets below this directory and their path may not exceed 107 bytes: keep it short.
-        self._temp_dir = Path(tempfile.mkdtemp(prefix="groupwise-", dir="/tmp"))
+        self._session = SessionFolder()
         needed = sum(bundle.get("CPU", 0.0) for bundle in bundles(self._config))
         cores = float(os.cpu_count() or 1)
         cpus = max(cores, needed) if self._config.cluster.oversubscribe_cpus else cores
-        options = {"num_cpus": int(-(-cpus // 1)), "include_dashboard": False, "_temp_dir": str(self._temp_dir)}
+        options = {"num_cpus": int(-(-cpus // 1)), "include_dashboard": False, "_temp_dir": str(self._session.path)}
         try:
             ray.init(address="local", **options, **quiet)
         except Exception as error:

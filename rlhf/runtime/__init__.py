@@ -1,0 +1,1 @@
+"""What runs and ends the processes of a run."""
