@@ -121,7 +121,7 @@ def one_rank(rank: int, ranks: int, port: int, model: str) -> dict[str, float]:
     share = plan_batch(batch, ranks, TOKENS, WorkModel()).shares(batch)[rank]
     with peak_memory() as peak:
         engine = DeepSpeedEngine(Path(model), chosen, training, "cpu")
-        engine.reset_optimizer(OptimizerConfig(learning_rate=1e-6))
+        engine.configure_optimizer(OptimizerConfig(learning_rate=1e-6), fresh=True)
         loaded = anonymous_bytes() - peak.before
         for _ in range(STEPS):
             [part] = share.micro_batches()

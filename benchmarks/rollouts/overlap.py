@@ -257,8 +257,7 @@ class Stack:
             self._dispatcher,
             StalenessBuffer(select, ledger, limits),
             ledger,
-            iter(stream.next, None),
-            lambda group_id, prompt: GroupRequest(group_id, prompt, False, sampling),
+            lambda group_id, place: GroupRequest(group_id, stream.at(place), False, sampling),
         )
         try:
             yield rollouts, ledger

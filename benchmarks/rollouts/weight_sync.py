@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layers": 18,
         "heads": 24,
         "kv_heads": 8,
+        "dtype": "bfloat16",  # in float32 two engines, two learners and the copies between them take over 24 GiB
     },
 }
 LAYOUTS = ((1, 1), (2, 1), (1, 3), (2, 3))
