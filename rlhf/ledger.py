@@ -53,17 +53,31 @@ class Event:
 class Ledger:
     """Counts in memory, events in `run_dir/ledger.jsonl`. One writing process; its threads may share it.
 
-    Memory is that of the groups in flight. A resumed run opens a new ledger over the same file: the counts are of this
-    process, the events of all of them.
+    Memory is that of the groups in flight.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, state: Mapping[str, Any] | None = None) -> None:
+        """With `state`, a `state_dict`, go on from it: groups that were in flight then are lost."""
         self._file = jsonl.JsonLines(run_dir / FILE_NAME)
-        self._dispatched = 0
-        self._in_flight: dict[str, WeightVersion] = {}
-        self._states: Counter[str] = Counter()
-        self._rules: Counter[str] = Counter()
+        saved = state or {}
+        self._dispatched: int = saved.get("dispatched", 0)
+        self._in_flight: dict[str, WeightVersion] = dict(saved.get("in_flight", {}))
+        self._states: Counter[str] = Counter(saved.get("states", {}))
+        self._rules: Counter[str] = Counter(saved.get("rules", {}))
         self._lock = threading.Lock()
+        for group_id in list(self._in_flight):
+            self.close(group_id, "lost", "restart")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts and the groups in flight, and how many bytes the file has with them."""
+        with self._lock:
+            return {
+                "dispatched": self._dispatched,
+                "in_flight": dict(self._in_flight),
+                "states": dict(self._states),
+                "rules": dict(self._rules),
+                "bytes": self._file.size,
+            }
 
     def dispatch(self, group_id: str, version: WeightVersion) -> None:
         """`group_id`, a new one, is in flight, sampled from `version` or later. LedgerError if it is in flight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,10 +18,11 @@ class GpuTurns(Protocol):
 class Phases:
     """Seconds by phase name: of the current step in `step`, of the whole stage in `total`."""
 
-    def __init__(self, turns: GpuTurns | None = None) -> None:
+    def __init__(self, turns: GpuTurns | None = None, spent: Mapping[str, float] | None = None) -> None:
+        """`spent`: seconds of the stage before this process went on with it."""
         self._turns = turns
         self.step: dict[str, float] = {}
-        self.total: dict[str, float] = defaultdict(float)
+        self.total: dict[str, float] = defaultdict(float, spent or {})
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -28,9 +28,16 @@ def plan(config: RunConfig) -> list[Section]:
         ("processes", _processes(config)),
         *((f"stage {name}", _stage(config, stage)) for name, stage in config.stages.items()),
         ("weight sync", [("transport", config.transport), ("max staleness", config.rollouts.max_staleness)]),
+        ("checkpoints", [("every", _cadence(config)), ("kept", f"the newest {config.checkpoints.keep}")]),
         ("rewards", [(name, _component(c)) for name, c in config.rewards.components.items()]),
         ("evaluation", [("held-out prompts", config.evaluation.prompts), ("samples", _samples(config))]),
     ]
+
+
+def _cadence(config: RunConfig) -> str:
+    every = config.checkpoints
+    steps = f" or {every.every_steps} steps" if every.every_steps else ""
+    return f"{every.every_s:g} s{steps}, and at the end of each stage"
 
 
 def _model(config: RunConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -35,12 +35,16 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True)
 class StageSetup:
-    """Settings of a training stage for the learners. `policy` holds the weights that it starts from."""
+    """Settings of a training stage for the learners.
+
+    `policy` holds the weights that the stage started from. `first_step`: so many optimiser steps of it are done.
+    """
 
     policy: Path
     optimizer: OptimizerConfig
     total_steps: int
     algorithm: AlgorithmConfig
+    first_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,16 @@ class LearnerGroup(Protocol):
         """Load the policy at `model_path`; once, before anything else."""
         ...
 
+    def save_state(self, directory: Path) -> None:
+        """Every rank writes its share of weights and optimiser into `directory`."""
+        ...
+
+    def load_state(self, directory: Path) -> None:
+        """Every rank takes its share up again. Before `begin_stage`, with as many ranks and the same ZeRO stage."""
+        ...
+
     def begin_stage(self, setup: StageSetup) -> None:
-        """Start a training stage: the weights as they are, a fresh optimiser and the stage's algorithm."""
+        """Start a training stage, or go on with it: the weights as they are, the stage's algorithm and optimiser."""
         ...
 
     def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> HeldStep:
@@ -132,6 +144,10 @@ class RolloutSource(Protocol):
 
     def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
         """A step has trained its groups."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Between two steps: what a source needs that goes on from here in another process. JSON."""
         ...
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,10 +63,18 @@ class Tracker:
         run_config: Mapping[str, Any],
         code_version: str,
         report: Report = _to_stderr,
+        run_id: str | None = None,
     ) -> None:
+        """`run_id`: the W&B run to go on with."""
         self._metrics = JsonLines(run_dir / METRICS_FILE)
         self._samples = JsonLines(run_dir / SAMPLES_FILE)
-        self._wandb = _Wandb(config.wandb, run_dir, {**run_config, "code_version": code_version}, report)
+        self.run_id = run_id or secrets.token_hex(8)
+        tracked = {**run_config, "code_version": code_version}
+        self._wandb = _Wandb(config.wandb, run_dir, tracked, report, self.run_id)
+
+    def record_bytes(self) -> dict[str, int]:
+        """How much of each file has been written."""
+        return {METRICS_FILE: self._metrics.size, SAMPLES_FILE: self._samples.size}
 
     @property
     def wandb_lost_calls(self) -> int:
@@ -159,7 +168,9 @@ def _finite(value: float | int, key: str, stage: str, step: int) -> float | int:
 class _Wandb:
     """One W&B run, or none. Every call goes through `_attempt`, the only place that knows what a failure means."""
 
-    def __init__(self, config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any], report: Report) -> None:
+    def __init__(
+        self, config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any], report: Report, run_id: str
+    ) -> None:
         self.lost_calls = 0
         self._report = report
         self._stages: set[str] = set()
@@ -167,7 +178,7 @@ class _Wandb:
         self._run: Any = None
         self._variables: list[str] = []
         if config.mode != "disabled":
-            self._attempt("init", lambda: self._init(config, run_dir, run_config))
+            self._attempt("init", lambda: self._init(config, run_dir, run_config, run_id))
 
     def log(self, metrics: Mapping[str, float | int], stage: str, step: int) -> None:
         self._when_running(
@@ -190,7 +201,7 @@ class _Wandb:
         if self.lost_calls:
             self._report(f"W&B did not get {self.lost_calls} calls of this run. {METRICS_FILE} has every figure.")
 
-    def _init(self, config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+    def _init(self, config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any], run_id: str) -> None:
         self._variables = _set_variables(run_dir)
         self._module = _import_wandb(config.mode)
         self._run = self._module.init(
@@ -199,6 +210,8 @@ class _Wandb:
             entity=config.entity,
             group=config.group,
             tags=list(config.tags),
+            id=run_id,
+            resume="allow",
             name=run_dir.name,
             dir=str(run_dir),
             config=dict(run_config),

@@ -15,11 +15,12 @@ are filtered; what is not needed in the end is aborted.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.errors import GroupwiseError, RewardFailureError
 from rlhf.ledger import Ledger
@@ -55,7 +56,14 @@ class Limits:
 class StalenessBuffer:
     """Groups from dispatch to training. Each ends in exactly one state of the ledger. For one thread."""
 
-    def __init__(self, select: Callable[[ScoredGroup], Rejected | None], ledger: Ledger, limits: Limits) -> None:
+    def __init__(
+        self,
+        select: Callable[[ScoredGroup], Rejected | None],
+        ledger: Ledger,
+        limits: Limits,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """With `state`, a `state_dict`, go on from it; what was alive then is gone."""
         self._select = select
         self._ledger = ledger
         self._limits = limits
@@ -64,12 +72,24 @@ class StalenessBuffer:
         self._flying: dict[str, WeightVersion] = {}
         self._ready: dict[str, tuple[WeightVersion, ScoredGroup]] = {}  # with its deadline
         self._alive: Counter[WeightVersion] = Counter()  # by deadline
-        self._left = limits.total_groups
-        self._number = self._dispatched = 0
-        self._accepted = self._judged = 1.0  # of the latest arrivals; one accepted group before the first
+        saved = state or {}
+        self._left: int = saved.get("left", limits.total_groups)
+        self._number: int = saved.get("number", 0)
+        self._dispatched = 0
+        # Of the latest arrivals; one accepted group before the first.
+        self._accepted, self._judged = saved.get("acceptance", (1.0, 1.0))
         self._arrived = Arrivals()
         self._aborted: Counter[str] = Counter()
         self._aborted_tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how the stage goes on, but for the groups themselves."""
+        return {"left": self._left, "number": self._number, "acceptance": [self._accepted, self._judged]}
+
+    @property
+    def alive(self) -> Iterable[str]:
+        """The groups that are in flight or wait to be trained."""
+        return itertools.chain(self._flying, self._ready)
 
     # --- dispatch -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ import heapq
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -23,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 from rlhf.errors import DeadlineError
 from rlhf.ledger import Ledger
 from rlhf.protocols import Taken
-from rlhf.samples import Prompt, SampleGroup, ScoredGroup, WeightVersion
+from rlhf.samples import SampleGroup, ScoredGroup, WeightVersion
 from rollouts.buffer import StalenessBuffer
 from rollouts.generator import GroupRequest
 
@@ -259,21 +260,27 @@ class TrainingRollouts:
         dispatcher: Dispatcher,
         buffer: StalenessBuffer,
         ledger: Ledger,
-        prompts: Iterator[Prompt],
-        request: Callable[[str, Prompt], GroupRequest],
+        request: Callable[[str, int], GroupRequest],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        """`request` makes what to ask for of a group's id and its prompt."""
+        """`request` makes what to ask for of a group's id and the place of its prompt in the stream of prompts.
+
+        With `state`, what `state` returned, the prompts of the groups that were alive then are asked first.
+        """
         self._dispatcher = dispatcher
         self._buffer = buffer
         self._ledger = ledger
-        self._prompts = prompts
         self._request = request
+        saved = state or {}
+        self._again = deque[int](saved.get("again", ()))
+        self._next_place: int = saved.get("next_place", 0)
+        self._places: dict[str, int] = {}  # of the groups alive, and of some that are not any more
         self._tasks: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()
         self._error: BaseException | None = None
         self._reasons: dict[str, str] = {}
         self._open = True
-        self.sampled_tokens = 0
+        self.sampled_tokens: int = saved.get("sampled_tokens", 0)
 
     # --- from the controller's thread ---------------------------------------------------------------------------------
 
@@ -293,6 +300,10 @@ class TrainingRollouts:
         for group in groups:
             self._ledger.close(group.group.group_id, "trained", step)
         self._ledger.check()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run gives to ledger, buffer and this class, all of one moment between two steps."""
+        return self._dispatcher.call(self._state()).result(timeout=self._dispatcher.silence_deadline_s)
 
     def close(self) -> None:
         """Abort what is in flight; returns when no engine works for this stage any more."""
@@ -316,9 +327,29 @@ class TrainingRollouts:
                 taken.metrics["dispatch/waiting"] = self._dispatcher.waiting
                 await self._abort(self._buffer.late(version), self._buffer.late_reason)
                 self._buffer.close_surplus()
+                self._forget_places()
                 self._dispatch()
                 return taken
             await self._news.wait()
+
+    async def _state(self) -> dict[str, Any]:
+        self._forget_places()
+        return {
+            "next_place": self._next_place,
+            "again": [*self._places.values(), *self._again],
+            "sampled_tokens": self.sampled_tokens,
+            "buffer": self._buffer.state_dict(),
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def _forget_places(self) -> None:
+        self._places = {group_id: self._places[group_id] for group_id in self._buffer.alive}
+
+    def _take_place(self) -> int:
+        if self._again:
+            return self._again.popleft()
+        self._next_place += 1
+        return self._next_place - 1
 
     async def _close(self) -> None:
         self._open = False
@@ -334,8 +365,9 @@ class TrainingRollouts:
 
     def _dispatch(self) -> None:
         for _ in range(self._buffer.wanted() if self._open and self._error is None else 0):
-            group_id = self._buffer.dispatch()
-            task = asyncio.create_task(self._follow(self._request(group_id, next(self._prompts))))
+            group_id, place = self._buffer.dispatch(), self._take_place()
+            self._places[group_id] = place
+            task = asyncio.create_task(self._follow(self._request(group_id, place)))
             self._tasks.add(task)
             task.add_done_callback(self._landed)
 

@@ -223,6 +223,10 @@ class PromptStream:
     def next(self) -> Prompt:
         return self._source.prompt(self._advance())
 
+    def at(self, position: int) -> Prompt:
+        """The prompt that `next` gives when so many were drawn before it."""
+        return self._source.prompt(self._index(position))
+
     def next_demonstration(self) -> Demonstration:
         return self._source.demonstration(self._advance())
 
@@ -243,8 +247,10 @@ class PromptStream:
 
     def _advance(self) -> int:
         """The index at the cursor, which moves on."""
-        position = self._cursor
         self._cursor += 1
+        return self._index(self._cursor - 1)
+
+    def _index(self, position: int) -> int:
         if self._source.size is None:
             return digest("stream", self._seed) % 2**48 + position
         epoch, place = divmod(position, self._source.size)

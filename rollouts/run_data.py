@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.config import CollectStage, FilterStage, PreferenceFile, PreferenceStage, RlStage, RunConfig, SftStage
 from rlhf.ledger import Ledger
 from rlhf.preferences import Selected
-from rlhf.samples import PreferenceUnit, Prompt, ScoredGroup, TokenizedExample
+from rlhf.samples import PreferenceUnit, ScoredGroup, TokenizedExample
 from rlhf.selection import Rejected, select
 from rlhf.stages.context import StageData
 from rollouts.buffer import Limits, StalenessBuffer
@@ -36,7 +36,9 @@ class RunData(StageData):
         self._dispatcher = dispatcher
         self._renderer = renderer
 
-    def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> TrainingRollouts:
+    def rollouts(
+        self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm, state: Mapping[str, Any] | None
+    ) -> TrainingRollouts:
         config, stage = self._config, self._config.stages[name]
         assert isinstance(stage, RlStage)
 
@@ -54,14 +56,14 @@ class RunData(StageData):
             error_budget=config.rewards.error_budget,
             late_groups=rollouts.late_groups,
         )
-        mode, numbers = self._reasoning_mode(rollouts.reasoning_fraction), itertools.count()
+        stream, mode = self._stream(name), self._reasoning_mode(rollouts.reasoning_fraction)
         sampling = Sampling.of(config, samples=rollouts.group_size)
 
-        def request(group_id: str, prompt: Prompt) -> GroupRequest:
-            return GroupRequest(group_id, prompt, mode(next(numbers)), sampling)
+        def request(group_id: str, place: int) -> GroupRequest:
+            return GroupRequest(group_id, stream.at(place), mode(place), sampling)
 
-        buffer, prompts = StalenessBuffer(verdict, ledger, limits), iter(self._stream(name).next, None)
-        return TrainingRollouts(self._dispatcher, buffer, ledger, prompts, request)
+        buffer = StalenessBuffer(verdict, ledger, limits, None if state is None else state["buffer"])
+        return TrainingRollouts(self._dispatcher, buffer, ledger, request, state)
 
     def examples(self, name: str) -> Iterator[TokenizedExample]:
         stage = self._config.stages[name]
@@ -106,6 +108,9 @@ class RunData(StageData):
 
     def write_preferences(self, path: Path, records: Sequence[Selected]) -> None:
         write_selected(path, records)
+
+    def read_preferences(self, path: Path) -> Sequence[Selected]:
+        return read_selected(path)
 
     def preferences(self, name: str, stage: PreferenceStage, collected: Path | None) -> Sequence[PreferenceUnit]:
         if collected is not None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import launch
 from rlhf.console import RunConsole
 from rlhf.errors import GroupwiseError
+from rlhf.runtime.interrupts import Interrupts
 
 GOOD = {"messages": [{"role": "user", "content": "1+1=?"}], "answer": "2", "reward": "math"}
 
@@ -33,7 +34,7 @@ def message(*overrides: str) -> str:
     with initialize_config_dir(str(launch.CONF), version_base=None):
         raw = OmegaConf.to_container(compose("config", launch.force_value_overrides(overrides)), resolve=True)
     with pytest.raises(GroupwiseError) as caught:
-        launch.run(raw, RunConsole(io.StringIO()))
+        launch.run(raw, RunConsole(io.StringIO()), Interrupts(print), ())
     return str(caught.value)
 
 

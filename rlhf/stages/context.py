@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rlhf.algorithms import Algorithm, build
 from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.checkpoints.saver import Checkpoints
 from rlhf.config import CollectStage, FilterStage, PreferenceStage, RunConfig, TrainingStage
 from rlhf.console import RunConsole
 from rlhf.ledger import Ledger
@@ -22,8 +23,10 @@ from rlhf.tracking import Tracker
 class StageData(Protocol):
     """The data of a run by the name of the stage that asks; `RunData` of `rollouts.run_data`."""
 
-    def rollouts(self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm) -> RolloutSource:
-        """Opens the source of scored groups of an RL stage."""
+    def rollouts(
+        self, name: str, ledger: Ledger, algorithm: OnlineAlgorithm, state: Mapping[str, Any] | None
+    ) -> RolloutSource:
+        """Opens the source of scored groups of an RL stage; with a `state` it goes on from there."""
         ...
 
     def examples(self, name: str) -> Iterator[TokenizedExample]:
@@ -49,6 +52,8 @@ class StageData(Protocol):
         ...
 
     def write_preferences(self, path: Path, records: Sequence[Selected]) -> None: ...
+
+    def read_preferences(self, path: Path) -> Sequence[Selected]: ...
 
     def preferences(self, name: str, stage: PreferenceStage, collected: Path | None) -> Sequence[PreferenceUnit]:
         """The pairs or groups of a preference stage: from `collected`, or from the file its config names."""
@@ -85,9 +90,10 @@ class Outcome:
 
 @dataclass(slots=True)
 class Context:
-    """One run as its stages see it. `policy` is where the current weights are.
+    """One run as its stages see it. `policy` is where the weights are that the current stage started from.
 
-    Of each collect stage so far `collected` has the Parquet file, `records` what it picked itself.
+    Of each collect stage so far `collected` has the Parquet file, `records` what it picked itself; `kept` are the
+    prompts that filter stages left, by the name of the stage.
     """
 
     config: RunConfig
@@ -96,25 +102,32 @@ class Context:
     parts: Parts
     tracker: Tracker
     console: RunConsole
+    checkpoints: Checkpoints
     collected: dict[str, Path] = field(default_factory=dict)
     records: dict[str, list[Selected]] = field(default_factory=dict)
+    kept: list[tuple[str, Sequence[int]]] = field(default_factory=list)
 
     def algorithm(self, stage: TrainingStage) -> Algorithm:
         chosen = self.config.algorithm_of(stage)
         return build(chosen.name, chosen.hyperparameters, chosen.modules)
 
-    def begin_stage(self, stage: TrainingStage, steps: int) -> None:
-        """Give the learners a fresh optimiser and the algorithm of `stage`; the weights stay."""
+    def begin_stage(self, stage: TrainingStage, steps: int, first_step: int = 0) -> None:
+        """Give the learners the algorithm of `stage` and its optimiser, fresh unless some of its steps are done."""
         algorithm = self.config.algorithm_of(stage)
-        self.parts.learners.begin_stage(StageSetup(self.policy, stage.optimizer, steps, algorithm))
+        self.parts.learners.begin_stage(StageSetup(self.policy, stage.optimizer, steps, algorithm, first_step))
+
+    def keep(self, name: str, indices: Sequence[int]) -> None:
+        """From now on stages over the same data as stage `name` take only the prompts at `indices`."""
+        self.kept.append((name, indices))
+        self.parts.data.keep(name, indices)
 
     def publish(self) -> None:
         """The engines hold the learners' weights."""
         with self.phases()("sync"):
             self.parts.publisher.publish()
 
-    def phases(self) -> Phases:
-        return Phases(self.parts.turns)
+    def phases(self, spent: Mapping[str, float] | None = None) -> Phases:
+        return Phases(self.parts.turns, spent)
 
     def evaluate(self, prompts: int, reasoning_mode: bool) -> dict[str, Any]:
         """Figures over held-out prompts."""

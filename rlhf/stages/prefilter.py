@@ -35,7 +35,7 @@ def run(context: Context, name: str, stage: FilterStage) -> Outcome:
             f"stages.{name}: must leave at least one prompt. All {len(report.correct)} are too easy or too hard. "
             "Choose other prompts or other thresholds."
         )
-    data.keep(name, report.kept)
+    context.keep(name, report.kept)
     figures = {"prompts": len(report.correct), "histogram": list(report.histogram), **counts}
     return Outcome(0, 0, {"filter": figures})
 

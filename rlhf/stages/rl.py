@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.config import RewardsConfig, RlStage
 from rlhf.controller import Controller, StepRecord, sample_advantages, step_metrics
+from rlhf.ledger import FILE_NAME as LEDGER_FILE
 from rlhf.ledger import Ledger
 from rlhf.phases import Phases
 from rlhf.stages.context import Context, Outcome
@@ -22,10 +23,12 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
     """Trains `stage.steps` steps; every one ends with a published weight version."""
     algorithm = context.algorithm(stage)
     assert isinstance(algorithm, OnlineAlgorithm)
-    context.begin_stage(stage, stage.steps * stage.updates_per_step)
-    ledger, totals = Ledger(context.run_dir), RlTotals()
+    resumed = context.checkpoints.take_resumed(name)
+    saved = resumed.state
+    context.begin_stage(stage, stage.steps * stage.updates_per_step, saved.get("optimiser_steps", 0))
+    ledger, totals = Ledger(context.run_dir, saved.get("ledger")), RlTotals(**saved.get("totals", {}))
     controller = Controller(
-        rollouts=context.parts.data.rollouts(name, ledger, algorithm),
+        rollouts=context.parts.data.rollouts(name, ledger, algorithm, saved.get("rollouts")),
         learners=context.parts.learners,
         publisher=context.parts.publisher,
         algorithm=algorithm,
@@ -33,10 +36,23 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
         max_staleness=context.config.rollouts.max_staleness,
         updates_per_step=stage.updates_per_step,
         dump=lambda failed: torch.save(failed, context.run_dir / "non_finite_batch.pt"),
-        phase=context.phases(),
+        phase=context.phases(saved.get("phase_seconds")),
     )
-    with context.console.stage(name, stage.steps) as progress:
-        for record in controller.steps(stage.steps):
+
+    def state() -> dict[str, Any]:
+        rollouts = controller.rollouts.state()
+        ledger_state = rollouts.pop("ledger")
+        return {
+            "rollouts": rollouts,
+            "ledger": ledger_state,
+            "record_bytes": {LEDGER_FILE: ledger_state["bytes"]},
+            "totals": asdict(totals),
+            "phase_seconds": dict(controller.phase.total),
+            "optimiser_steps": totals.optimiser_steps,
+        }
+
+    with context.console.stage(name, stage.steps) as progress, context.checkpoints.steps():
+        for record in controller.steps(stage.steps, resumed.step):
             metrics = {**step_metrics(record, ledger, controller.phase), **context.parts.service_metrics()}
             metrics |= scheduled_weights(context.config.rewards, record)
             totals.add(record, metrics)
@@ -44,6 +60,7 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
             progress.advance(record.step + 1, metrics, controller.phase.step)
             _log_samples(context, name, record)
             _evaluate_during(context, name, stage, record.step + 1)
+            context.checkpoints.step_done(name, record.step + 1, stage.steps, state)
     controller.rollouts.close()
     figures = totals.summary(stage.steps, controller.rollouts.sampled_tokens, ledger, controller.phase)
     ledger.shutdown()
@@ -91,6 +108,7 @@ class RlTotals:
     sync_seconds: float = 0.0
     sync_bytes: int = 0
     steps: int = 0
+    optimiser_steps: int = 0
 
     def add(self, record: StepRecord, metrics: Mapping[str, float]) -> None:
         tokens = int(record.batch.samples.completion_tokens.sum())
@@ -100,6 +118,7 @@ class RlTotals:
         self.sync_seconds += record.sync.seconds
         self.sync_bytes = record.sync.size_bytes
         self.steps += 1
+        self.optimiser_steps += len(record.updates)
 
     def summary(self, steps: int, rollout_tokens: int, ledger: Ledger, phases: Phases) -> dict[str, Any]:
         seconds = sum(phases.total.values())

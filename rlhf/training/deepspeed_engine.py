@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from rlhf.config import ModelConfig, OptimizerConfig, TrainingConfig
+from rlhf.errors import StorageError
 from rlhf.models import load_policy
 from rlhf.training.attention import ATTENTION, register
 from rlhf.training.model_files import ModelFiles
 from rlhf.training.token_model import Pack, TokenModel
 from rlhf.training.zero_model import available_optimizer, partitioned_model
 from rlhf.training.zero_settings import ParameterSizes, frozen_settings, zero_settings
+from rlhf.weight_sync.digests import Digests
 
 
 def environment(device: str, ranks: int) -> dict[str, str]:
@@ -74,13 +76,15 @@ class DeepSpeedEngine:
         self._tensors: dict[str, Tensor] = dict(self.causal_lm.named_parameters(remove_duplicate=False))
         self._tensors |= dict(self.causal_lm.named_buffers(remove_duplicate=False))
 
-    def reset_optimizer(self, optimizer: OptimizerConfig) -> None:
-        """Forget all moments and take the settings of `optimizer`; the weights stay."""
+    def configure_optimizer(self, optimizer: OptimizerConfig, *, fresh: bool) -> None:
+        """Take the settings of `optimizer`, and forget all moments if it is to be `fresh`; the weights stay."""
         zero = self._engine.optimizer
         zero.clip_grad = optimizer.max_grad_norm
-        zero.optimizer.state.clear()
+        if fresh:
+            zero.optimizer.state.clear()
         for group in zero.optimizer.param_groups:
-            group.pop("step", None)  # DeepSpeed's fused Adam counts here
+            if fresh:
+                group.pop("step", None)  # DeepSpeed's fused Adam counts here
             group |= {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
 
     def forward(self, pack: Pack, temperature: float) -> tuple[Tensor, Tensor]:
@@ -125,8 +129,35 @@ class DeepSpeedEngine:
         tensor = self._tensors[name]
         return tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
 
+    def save_state(self, directory: Path) -> None:
+        """Write weights, float32 masters and the optimiser's moments into `directory`: each rank its share."""
+        self._engine.save_checkpoint(str(directory), tag=_STATE, save_latest=False)
+
+    def load_state(self, directory: Path) -> None:
+        """Take up what `save_state` wrote, with as many ranks and the same ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE)
+        if path is None:
+            raise StorageError(f"{directory}: must hold a learner's state, and has none that DeepSpeed can read.")
+
+    def master_digests(self) -> dict[str, str]:
+        """Digest of each part of this rank's float32 masters: which bits the optimiser goes on from."""
+        digests = Digests()
+        for name, tensor in self._masters():
+            digests.add(name, tensor)
+        return digests.read()
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        zero = self._engine.optimizer
+        partitioned = hasattr(zero, "fp32_partitioned_groups_flat")
+        groups = zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
+        return ((f"masters.{number}", tensor) for number, tensor in enumerate(groups))
+
     def close(self) -> None:
         self._engine.destroy()
+
+
+_STATE = "learner"
+"""The directory that DeepSpeed makes for what it saves."""
 
 
 class FrozenModel:

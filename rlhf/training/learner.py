@@ -71,14 +71,16 @@ class Learner:
         optimizer: OptimizerConfig,
         total_steps: int,
         temperature: float,
+        first_step: int = 0,
     ) -> None:
+        """`first_step` optimiser steps of the stage are behind `engine` already."""
         self.engine = engine
         self.algorithm = algorithm
         self._optimizer = optimizer
         self._total_steps = total_steps
         # Stored completions are judged as they are; fresh ones under the distribution they were sampled from.
         self._temperature = temperature if algorithm.needs.rollouts else 1.0
-        self._step = 0
+        self._step = first_step
 
     @torch.no_grad()
     def logprobs(self, share: Share[Sequences], model: Model | None = None) -> np.ndarray:

@@ -48,8 +48,8 @@ class LoadedRank:
         return RankSender(self._number, self._config, self.engine, client)
 
     def begin_stage(self, setup: StageSetup) -> StageRank:
-        """Start a training stage: the weights as they are, a fresh optimiser and the stage's algorithm."""
-        self.engine.reset_optimizer(setup.optimizer)
+        """Start a training stage or, after `load_state`, go on with it: with the stage's algorithm and optimiser."""
+        self.engine.configure_optimizer(setup.optimizer, fresh=setup.first_step == 0)
         return StageRank(self._config, self.engine, setup)
 
     def save_policy(self, directory: Path) -> None:
@@ -74,6 +74,14 @@ class LoadedRank:
         policy.generation_config.save_pretrained(directory)
         load_tokenizer(self._model_path, trust_remote_code=trusted).save_pretrained(directory)
 
+    def save_state(self, directory: Path) -> None:
+        """Write this rank's share of all that the next optimiser step depends on."""
+        self.engine.save_state(directory)
+
+    def load_state(self, directory: Path) -> None:
+        """Take up the weights and the optimiser as another process left them in `directory`."""
+        self.engine.load_state(directory)
+
     def close(self) -> None:
         """Free the model and its optimiser."""
         self.engine.close()
@@ -90,7 +98,9 @@ class StageRank:
         chosen = setup.algorithm
         algorithm = build(chosen.name, chosen.hyperparameters, chosen.modules)
         temperature = config.rollouts.temperature
-        self.learner = Learner(engine, algorithm, setup.optimizer, setup.total_steps, temperature)
+        self.learner = Learner(
+            engine, algorithm, setup.optimizer, setup.total_steps, temperature, first_step=setup.first_step
+        )
         needs = algorithm.needs
         self._reference: FrozenModel | None = None
         if needs.rollouts and needs.reference_logprobs:

@@ -84,6 +84,12 @@ class LearnerWorker:
     def save_policy(self, directory: Path) -> None:
         self._loaded.save_policy(directory)
 
+    def save_state(self, directory: Path) -> None:
+        self._loaded.save_state(directory)
+
+    def load_state(self, directory: Path) -> None:
+        self._loaded.load_state(directory)
+
     def prepare_weights(self, version: int) -> int:
         return self._sender.prepare_weights(version)
 
@@ -173,6 +179,12 @@ class RayLearnerGroup:
         """Write the policy; each layer has the deadline of a collective."""
         deadline = self._config.training.collective_deadline_s * (self._layers + 2)
         self._all("learner save_policy", lambda worker: worker.save_policy.remote(directory), deadline)
+
+    def save_state(self, directory: Path) -> None:
+        self._all("learner save_state", lambda worker: worker.save_state.remote(directory))
+
+    def load_state(self, directory: Path) -> None:
+        self._all("learner load_state", lambda worker: worker.load_state.remote(directory))
 
     def prepare_weights(self, version: int) -> int:
         deadline = self._config.weight_sync.deadline_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from rlhf import jsonl
 from rlhf.errors import DeadlineError, WorkerLostError
 from rlhf.ledger import STATES, Ledger
 from rlhf.samples import Prompt, SampleGroup, ScoredGroup
@@ -211,22 +213,31 @@ def test_the_failure_of_a_worker_is_raised_where_it_is_waited_for(worlds: Callab
 class Stage:
     """A stage with everything real but the engines; the learner only counts versions."""
 
-    def __init__(self, world: World, tmp_path: Path, *, filtered: float = 0.0, **limits: Any) -> None:
+    def __init__(
+        self,
+        world: World,
+        tmp_path: Path,
+        *,
+        filtered: float = 0.0,
+        state: dict[str, Any] | None = None,
+        **limits: Any,
+    ) -> None:
         staleness = limits.setdefault("max_staleness", 0)
         limits = {"prompts_per_step": 4, "max_dispatch_factor": 1000, "error_budget": 0.05, **limits}
         limits = {"pipeline_depth": staleness + 1, "total_groups": 40, **limits}
         verdicts = random.Random(3)
-        self.world, self.ledger = world, Ledger(tmp_path)
+        saved = state or {}
+        self.world, self.ledger = world, Ledger(tmp_path, saved.get("ledger"))
         self.limits = Limits(name="rl", **limits)
 
         def select(scored: ScoredGroup) -> Rejected | None:
             return Rejected("filtered", "all_wrong") if verdicts.random() < filtered else None
 
-        buffer = StalenessBuffer(select, self.ledger, self.limits)
-        prompts = map(prompt, itertools.count())
-        self.rollouts = TrainingRollouts(
-            world.dispatcher, buffer, self.ledger, prompts, lambda g, p: GroupRequest(g, p, False, SAMPLING)
-        )
+        def request(group_id: str, place: int) -> GroupRequest:
+            return GroupRequest(group_id, prompt(place), False, SAMPLING)
+
+        buffer = StalenessBuffer(select, self.ledger, self.limits, saved.get("buffer"))
+        self.rollouts = TrainingRollouts(world.dispatcher, buffer, self.ledger, request, state)
         self.step = 0
 
     def train(self, seconds: float = 0.01) -> list[ScoredGroup]:
@@ -352,3 +363,35 @@ def test_when_nothing_comes_back_the_deadline_says_what_is_missing(
     world.dispatcher.silence_deadline_s = 0.2
     with pytest.raises(DeadlineError, match=r"the step at version 0 was waited for, with 4 groups in flight, the old"):
         Stage(world, tmp_path).rollouts.take(0)
+
+
+# --- a run that is resumed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resumed_stage_asks_the_lost_prompts_first_and_trains_every_prompt_once(
+    worlds: Callable[..., World], tmp_path: Path, staleness: int
+) -> None:
+    delays = random.Random(2)
+    first = Stage(worlds(2, delay=lambda: delays.expovariate(200)), tmp_path, max_staleness=staleness)
+    trained = [group.group.prompt.prompt_id for _ in range(4) for group in first.train()]
+    state = json.loads(json.dumps(first.rollouts.state()))
+    alive = {prompt(place).prompt_id for place in state["again"]}
+    assert len(alive) == len(state["ledger"]["in_flight"]) > 0
+    first.train()  # is lost with what the first process did since
+    first.rollouts.close()
+    first.ledger.shutdown()
+    jsonl.cut(tmp_path / "ledger.jsonl", state["ledger"]["bytes"])
+
+    second = Stage(worlds(2, delay=lambda: delays.expovariate(200)), tmp_path, max_staleness=staleness, state=state)
+    second.world.version, second.step = 4, 4
+    trained += [group.group.prompt.prompt_id for _ in range(6) for group in second.train()]
+    asked_again = {prompt(place).prompt_id for place in second.rollouts.state()["again"]}
+    second.rollouts.close()
+    counts = second.ledger.counts()
+    assert len(trained) == len(set(trained)) == 40
+    assert alive <= set(trained) | asked_again
+    assert counts["lost"] == len(alive)
+    assert counts["dispatched"] == sum(counts[state] for state in STATES)
+    second.ledger.check()
+    assert len({record["group_id"] for record in jsonl.read(tmp_path / "ledger.jsonl")}) == counts["dispatched"]

@@ -1,0 +1,163 @@
+"""Whole runs that are killed and resumed: real Ray, real vLLM, real DeepSpeed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf import jsonl
+from rlhf.ledger import STATES
+
+REPOSITORY = Path(__file__).parents[2]
+SFT_STEPS, RL_STEPS = 24, 8
+
+SMALL = (
+    "experiment=quickstart",
+    f"stages.sft.steps={SFT_STEPS}",
+    "stages.sft.batch_size=16",
+    "stages.sft.optimizer.warmup_steps=0",
+    f"stages.rl.steps={RL_STEPS}",
+    "stages.rl.prompts_per_step=4",
+    "stages.rl.evaluate_every=0",
+    "stages.rl.optimizer.warmup_steps=0",
+    "algorithm.group_filter=none",
+    "rollouts.group_size=4",
+    "rollouts.max_completion_tokens=16",
+    "rollouts.max_staleness=1",
+    "evaluation.prompts=8",
+    "evaluation.samples_per_prompt=4",
+    "checkpoints.every_steps=3",
+    "tracking.samples_every=1",
+)
+
+pytestmark = pytest.mark.integration
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "launch.py", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the run and everything it started, as a lost machine looks to its files."""
+    parent = psutil.Process(process.pid)
+    for one in [*parent.children(recursive=True), parent]:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate(timeout=60)
+
+
+def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    wait_until(process, reached)
+    kill_tree(process)
+
+
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.02)
+
+
+def stop_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> str:
+    wait_until(process, reached)
+    process.terminate()
+    return process.communicate(timeout=120)[0]
+
+
+def steps(run: Path, stage: str, file: str = "metrics.jsonl") -> list[dict[str, float]]:
+    if not (run / file).exists():
+        return []
+    lines = [line for line in jsonl.read(run / file) if line["stage"] == stage]
+    return [line for line in lines if "policy/loss" in line or "optim/grad_norm" in line]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name.split("-", 1)[1] for path in (run / "checkpoints").glob("[0-9]*"))
+
+
+def newest_run(root: Path) -> Path:
+    return (root / "latest").resolve()
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was_saved(tmp_path):
+    root = tmp_path / "runs"
+    process = start(*SMALL, f"run_root={root}")
+    kill_when(process, lambda: len(steps(newest_run(root), "rl")) >= 5)
+    run = newest_run(root)
+    assert checkpoints(run)[-1] in {"rl-000003", "rl-000006"}
+    finish(start(*SMALL, f"run_root={root}", "resume=auto"))
+    check_whole(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_three_times_ends_as_one_that_never_was(tmp_path):
+    root = tmp_path / "runs"
+    process = start(*SMALL, f"run_root={root}")
+    kill_when(process, lambda: len(steps(newest_run(root), "sft")) >= 8)
+    run = newest_run(root)
+    first_sft = steps(run, "sft")
+    assert checkpoints(run)[-1] in {"sft-000003", "sft-000006", "sft-000009"}
+
+    # In the same words each time, as a scheduler says it; this time it gives notice.
+    process = start(*SMALL, f"run_root={root}", "resume=auto")
+    output = stop_when(process, lambda: len(steps(run, "rl")) >= 4)
+    assert process.returncode == 130, output
+    assert f"resume={run}" in output
+    sft = steps(run, "sft")
+    for before, after in zip(first_sft, sft, strict=False):
+        assert (before["policy/loss"], before["optim/grad_norm"]) == (after["policy/loss"], after["optim/grad_norm"])
+    assert checkpoints(run)[-1] == f"rl-{len(steps(run, 'rl')):06d}", "the last step that was made is saved"
+
+    process = start(f"resume={run}")
+    kill_when(process, lambda: len(steps(run, "rl")) >= 7)
+    finish(start(f"resume={run}"))
+    check_whole(run)
+    assert steps(run, "rl", "metrics.discarded.jsonl"), "what was done twice is kept beside the record"
+    assert "must be an unfinished run" in start(f"resume={run}").communicate(timeout=60)[0]
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+
+
+def check_whole(run: Path) -> None:
+    """The records of a run that has ended have no gap and nothing twice."""
+    assert newest_run(run.parent) == run, "no other run was started"
+    assert [line["step"] for line in steps(run, "sft")] == list(range(SFT_STEPS))
+    assert [line["step"] for line in steps(run, "rl")] == list(range(RL_STEPS))
+    check_ledger(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["sft", "rl"]
+    assert summary["evaluation"].keys() == {"sft", "rl"}
+    assert summary["rl"]["ledger"]["trained"] == 4 * RL_STEPS
+    assert summary["rl"]["ledger"]["lost"] > 0
+
+
+def check_ledger(run: Path) -> None:
+    """Every group was dispatched once and ended once, and no group trained twice."""
+    events = list(jsonl.read(run / "ledger.jsonl"))
+    dispatched = Counter(event["group_id"] for event in events if event["event"] == "dispatched")
+    ended = Counter(event["group_id"] for event in events if event["event"] in STATES)
+    assert dispatched == ended
+    assert set(dispatched.values()) == {1}
+    trained = [event["detail"] for event in events if event["event"] == "trained"]
+    assert Counter(trained) == dict.fromkeys(range(RL_STEPS), 4)
