@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from rlhf.config import RunConfig
 from rlhf.samples import VersionSpan
-from rlhf.weight_sync.transports import PackedTensor
+
+if TYPE_CHECKING:
+    from rlhf.weight_sync.transports import PackedTensor
 
 Tokens = Sequence[int] | np.ndarray
 

@@ -34,6 +34,14 @@ class Generated:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The part of a sampled group that the driver sees."""
+
+    samples: tuple[Sample, ...]
+    seconds: float
+
+
 class Generator:
     """Renders a prompt, samples its completions and keeps the tokens exactly as the engine returned them."""
 

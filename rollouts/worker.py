@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from ray.actor import ActorHandle
 from rlhf.cluster import Cluster, RayStored, awaited, gather, redirect_output, roles
 from rlhf.config import RunConfig
 from rlhf.models import load_tokenizer, on_this_machine
-from rlhf.samples import GroupTokens, Sample, SampleGroup, TextGroup
+from rlhf.samples import GroupTokens, SampleGroup, TextGroup
 from rlhf.vllm_environment import vllm_environment
 from rlhf.weight_sync.attestation import Evidence
 from rlhf.weight_sync.transports import PackedTensor, receiver_of
 from rollouts.dispatcher import Aborted
 from rollouts.engine import AbortedError, EngineStats, stats_metrics
-from rollouts.generator import Generator, GroupRequest
+from rollouts.generator import Facts, Generator, GroupRequest
 from rollouts.rendering import Renderer
 from rollouts.vllm_engine import VllmEngine, engine_settings
 
@@ -95,14 +94,6 @@ class RolloutWorker:
 
     async def shutdown(self) -> None:
         await self._engine.shutdown()
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """The part of a sampled group that the driver sees."""
-
-    samples: tuple[Sample, ...]
-    seconds: float
 
 
 class RayEngine:

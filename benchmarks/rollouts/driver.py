@@ -7,7 +7,6 @@ which all of Ray's messages on one machine pass; arrays that stay in the object 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import statistics
@@ -16,11 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from benchmarks.isolated import isolated
+from benchmarks.rollouts.waiting import WaitingEngine, WaitingGrader
 from rewards.client import RewardClient
 from rlhf.algorithms.grpo import Grpo
 from rlhf.cluster import OBJECT_STORE_ENVIRONMENT
@@ -28,12 +27,12 @@ from rlhf.controller import Controller
 from rlhf.ledger import Ledger
 from rlhf.metrics import MetricSums
 from rlhf.protocols import SyncReport, UpdateReport
-from rlhf.samples import GroupTokens, Prompt, RewardValue, Sample, Scores, TextGroup, TextSample, VersionSpan
+from rlhf.samples import Prompt
 from rollouts.buffer import Limits, StalenessBuffer
 from rollouts.dispatcher import Dispatcher, TrainingRollouts
 from rollouts.engine import Sampling
 from rollouts.generator import GroupRequest
-from rollouts.worker import Facts, RayEngine
+from rollouts.worker import RayEngine
 
 LENGTHS = (16, 256, 1024, 4096)
 ENGINES = (1, 10, 100, 1000)
@@ -41,7 +40,6 @@ MOST_ACTORS = 100
 SHARED_ACTORS = 20  # behind the handles, where there are more engines than actors
 GROUP_SIZE = 8
 PROMPTS_PER_STEP = 64
-WAIT_S = 0.02
 START_DEADLINE_S = 900.0
 
 
@@ -63,36 +61,6 @@ def run(*, quick: bool, **_: Any) -> dict[str, Any]:
             "driver_ms_per_group": times[0],
         },
     }
-
-
-class WaitingEngine:
-    """An engine that waits and returns completions of `length` tokens."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    async def generate(self, request: GroupRequest) -> tuple[Facts, GroupTokens, TextGroup]:
-        await asyncio.sleep(WAIT_S)
-        count, length = request.sampling.samples, self._length
-        spans = (VersionSpan(0, 0, length),)
-        ids = [f"{request.group_id}/{number}" for number in range(count)]
-        samples = tuple(Sample(sample_id, 16, length, spans, "stop") for sample_id in ids)
-        whole = 16 + length
-        tokens = GroupTokens(
-            token_ids=np.zeros(count * whole, np.int32),
-            loss_mask=np.tile(np.arange(whole) >= 16, count),
-            rollout_logprobs=np.zeros(count * whole, np.float32),
-            offsets=np.arange(count + 1) * whole,
-        )
-        texts = tuple(TextSample(sample_id, "word " * (length * 4 // 5), length, False) for sample_id in ids)
-        return Facts(samples, WAIT_S), tokens, TextGroup(request.group_id, request.prompt, False, 0, texts)
-
-    async def abort(self, group_id: str) -> None: ...
-
-
-class WaitingGrader:
-    def score(self, group: TextGroup) -> Scores:
-        return Scores(tuple(RewardValue(float(n % 2), float(n % 2), {}) for n in range(len(group.samples))), 0.0)
 
 
 class Nothing:
