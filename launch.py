@@ -31,6 +31,7 @@ from rewards.scorer import Scorer
 from rewards.servers.worker import Servers
 from rewards.worker import spawn
 from rlhf.algorithms.page import help_for
+from rlhf.checkpoints.directories import written
 from rlhf.checkpoints.resume import CONFIG_FILE, SUMMARY_FILE, cut_records, find_run, locked, require_same, saved_config
 from rlhf.checkpoints.saver import Checkpoints
 from rlhf.checkpoints.store import CheckpointStore
@@ -155,7 +156,8 @@ def train(config: RunConfig, run_dir: Path, sources: Sources, console: RunConsol
         summary = summarise(pipeline)
         tracker.summary(summary)
     path = run_dir / SUMMARY_FILE
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    with written(path) as unfinished:  # that it is there says that the run has finished
+        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
     console.result_table(pipeline.result_rows(), title=f"held-out prompts, {config.experiment}, seed {config.seed}")
     for name, what in RESULTS.items():
         console.note(f"  {run_dir / name}: {what}")

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all, also when two processes write the same."""
 
 from __future__ import annotations
 
@@ -70,6 +70,23 @@ def staged(target: Path) -> Iterator[Path]:
         sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """The path of a file to write, which becomes `target` when the block ends, and is removed when it raises."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)  # mkstemp made it private
+        sync(partial)
+        partial.replace(target)
+        sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _replace(new: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf.checkpoints.directories import written
 from rlhf.samples import TokenizedExample
 
 _CHUNK_BYTES = 1 << 24
@@ -44,12 +45,9 @@ def examples_digest(examples: Iterable[TokenizedExample]) -> str:
 
 def write_ragged(path: Path, rows: Iterable[np.ndarray]) -> None:
     """float32 rows of different lengths are in `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as file:
+    with written(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, values=np.concatenate(rows), lengths=np.array([len(row) for row in rows]))
-    unfinished.replace(path)
 
 
 def read_ragged(path: Path) -> list[np.ndarray]:

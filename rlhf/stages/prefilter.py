@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlhf.checkpoints.directories import written
 from rlhf.config import FilterStage
 from rlhf.errors import DataError
 from rlhf.filtering import FilterReport, cache_key
@@ -22,10 +23,8 @@ def run(context: Context, name: str, stage: FilterStage) -> Outcome:
         report = FilterReport.from_json(path.read_text(), stage)
     else:
         report = _sampled(context, name, stage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(report.to_json())
-        unfinished.replace(path)
+        with written(path) as unfinished:
+            unfinished.write_text(report.to_json())
     for line in report.describe():
         context.console.note(line)
     counts: dict[str, int] = dict(report.counts.items())

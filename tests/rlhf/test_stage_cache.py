@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -131,3 +133,23 @@ def test_the_digest_of_examples_changes_with_any_bit(place: int, bit: int) -> No
     assert before != examples_digest([example(flipped, mask)])
     assert before != examples_digest([example(tokens, unmasked)])
     assert before == examples_digest(iter([example(tokens, mask)]))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from rlhf.stages.cache import read_ragged, write_ragged
+path, value = Path(sys.argv[1]), float(sys.argv[2])
+for _ in range(60):
+    write_ragged(path, [np.full(20_000, value, np.float32)])
+    [row] = read_ragged(path)
+    assert set(row.tolist()) <= {1.0} or set(row.tolist()) <= {2.0}, "a mixture of both"
+"""
+
+
+def test_two_runs_that_write_the_same_file_never_meet(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), value]) for value in ("1", "2")]
+    assert [writer.wait(timeout=100) for writer in writers] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
