@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints.resume import require_same_data
-from rlhf.checkpoints.saver import LEARNER
+from rlhf.checkpoints.saver import LEARNER, state_bytes
 from rlhf.checkpoints.store import Checkpoint
 from rlhf.config import (
     CollectStage,
@@ -57,7 +57,11 @@ class Pipeline:
         training = [name for name, stage in stages.items() if isinstance(stage, TrainingStage)]
         self.data = {name: self.context.parts.data.fingerprint(name) for name in names}
         resumed = self.context.checkpoints.resumed
-        self.context.checkpoints.begin(self.context.parts.learners, self._state)
+        size, keep = state_bytes(self.context.policy), self.context.config.checkpoints.keep
+        self.context.checkpoints.begin(self.context.parts.learners, self._state, size)
+        if size > 1 << 30:
+            most = f"{(keep + 1) * size / (1 << 30):.1f} GiB at most"
+            self.context.console.note(f"checkpoints: {size / (1 << 30):.1f} GiB each, {most} while one is written")
         first = 0 if resumed is None else names.index(resumed.state["stage"])
         if resumed is None:
             self._start()

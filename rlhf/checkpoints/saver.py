@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from rlhf.checkpoints.store import Checkpoint, CheckpointStore
 from rlhf.config import CheckpointsConfig
 from rlhf.errors import StorageError
 from rlhf.runtime.interrupts import Interrupts
+from rlhf.training.model_files import ModelFiles
 
 LEARNER = "learner"
 """The directory of the learner ranks' state in a checkpoint."""
@@ -30,6 +32,20 @@ class StageProgress:
 
     step: int = 0
     state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def state_bytes(model: Path) -> int:
+    """Bytes of weights, float32 masters and two moments of the model in the directory `model`, or somewhat more.
+
+    0 where it is no directory, such as a name that a hub knows.
+    """
+    if not model.is_dir():
+        return 0
+    files = ModelFiles(model)
+    return _BYTES_PER_PARAMETER * sum(math.prod(files.shape(name)) for name in files.names)
+
+
+_BYTES_PER_PARAMETER = 16
 
 
 class Checkpoints:
@@ -54,10 +70,14 @@ class Checkpoints:
         self._report = report
         self.resumed = resumed
 
-    def begin(self, learners: SavesState, of_run: Callable[[], dict[str, Any]]) -> None:
-        """From now on the state of `learners` is saved, and what `of_run` gives of the run beside the stage."""
+    def begin(self, learners: SavesState, of_run: Callable[[], dict[str, Any]], size_bytes: int) -> None:
+        """From now on the state of `learners` is saved, and what `of_run` gives of the run beside the stage.
+
+        `size_bytes` is about what a checkpoint takes; none is begun with less space than that.
+        """
         self._learners = learners
         self._of_run = of_run
+        self._size_bytes = size_bytes
         self._last = time.monotonic()
 
     def take_resumed(self, stage: str) -> StageProgress:
@@ -91,7 +111,10 @@ class Checkpoints:
         state["record_bytes"] |= of_stage.get("record_bytes", {})
         try:
             self._store.write(
-                f"{stage}-{step:06d}", state, 0, lambda folder: self._learners.save_state(folder / LEARNER)
+                f"{stage}-{step:06d}",
+                state,
+                self._size_bytes,
+                lambda folder: self._learners.save_state(folder / LEARNER),
             )
         except StorageError as error:
             self._report(f"no checkpoint after step {step} of {stage}: {error}")
