@@ -133,7 +133,8 @@ def warm_up_fits_the_stage(stages: Stages) -> Messages:
 @_rule
 def learning_rate_ends_below_its_start(stages: Stages) -> Messages:
     for name, stage in _training(stages):
-        lowest, highest = stage.optimizer.min_learning_rate, stage.optimizer.learning_rate
+        lowest = stage.optimizer.min_learning_rate
+        highest = stage.optimizer.learning_rate
         if lowest > highest:
             key = f"stages.{name}.optimizer.min_learning_rate"
             rule = f"must be at most learning_rate = {highest}"
@@ -145,15 +146,18 @@ def learning_rate_ends_below_its_start(stages: Stages) -> Messages:
 def betas_are_decay_rates(stages: Stages) -> Messages:
     for name, stage in _training(stages):
         if not all(0.0 <= beta < 1.0 for beta in stage.optimizer.betas):
-            key, betas = f"stages.{name}.optimizer.betas", list(stage.optimizer.betas)
-            rule, reason = "both must be >= 0 and < 1", "They are decay rates of running means"
+            key = f"stages.{name}.optimizer.betas"
+            betas = list(stage.optimizer.betas)
+            rule = "both must be >= 0 and < 1"
+            reason = "They are decay rates of running means"
             yield problem(key, betas, rule, reason, "The usual values are [0.9, 0.999]")
 
 
 @_rule
 def prompts_divide_into_updates(stages: Stages) -> Messages:
     for name, stage in _rl(stages):
-        prompts, updates = stage.prompts_per_step, stage.updates_per_step
+        prompts = stage.prompts_per_step
+        updates = stage.updates_per_step
         if prompts % updates:
             lower = prompts - prompts % updates
             near = [str(value) for value in (lower, lower + updates) if value]
@@ -170,7 +174,8 @@ def prompts_divide_into_updates(stages: Stages) -> Messages:
 @_rule
 def every_stage_has_an_algorithm_for_its_data(stages: Stages, algorithms: Algorithms) -> Messages:
     for name, chosen in algorithms.items():
-        stage, data = stages[name], chosen.algorithm.needs.data
+        stage = stages[name]
+        data = chosen.algorithm.needs.data
         if isinstance(stage, RlStage) and data != "rollouts":
             rule = f"must be an algorithm that trains on rollouts, because stage {name} is of kind rl"
             yield problem(f"{chosen.key}.name", chosen.name, rule, f"This one trains on {data}", "Choose one of them, "
@@ -220,7 +225,8 @@ def collected_data_is_reused_from_its_like(stages: Stages) -> Messages:
             yield problem(key, stage.reuse, "needs reuse_fraction above 0", reason, f"Set {key}_fraction")
         elif stage.reuse not in earlier:
             fix = did_you_mean(stage.reuse, earlier, f"Earlier ones: {', '.join(earlier) or 'none'}")
-            rule, reason = "must be an earlier stage of kind collect", "Its records must exist by then"
+            rule = "must be an earlier stage of kind collect"
+            reason = "Its records must exist by then"
             yield problem(key, stage.reuse, rule, reason, fix)
         elif earlier[stage.reuse].produce != stage.produce:
             rule = f"must be a stage with produce = {stage.produce}"
@@ -263,7 +269,8 @@ def filters_leave_something(stages: Stages) -> Messages:
             continue
         high = stage.samples_per_prompt if stage.drop_at_least is None else stage.drop_at_least
         if high > stage.samples_per_prompt:
-            rule, reason = f"must be at most samples_per_prompt = {stage.samples_per_prompt}", "No prompt has so many"
+            rule = f"must be at most samples_per_prompt = {stage.samples_per_prompt}"
+            reason = "No prompt has so many"
             yield problem(f"stages.{name}.drop_at_least", high, rule, reason, "Lower it")
         if stage.drop_at_most is not None and stage.drop_at_most >= high - 1:
             rule = f"must be below drop_at_least - 1 = {high - 1}"
@@ -331,7 +338,8 @@ def algorithms_without_a_ratio_stay_on_policy(
 
 @_rule
 def context_has_room_for_the_prompt(model: ModelConfig, rollouts: RolloutsConfig) -> Messages:
-    context, completion = model.max_context_tokens, rollouts.max_completion_tokens
+    context = model.max_context_tokens
+    completion = rollouts.max_completion_tokens
     left = context - completion
     if left < MIN_PROMPT_TOKENS:
         rule = f"must leave at least {MIN_PROMPT_TOKENS} of model.max_context_tokens = {context} to the prompt"
@@ -346,12 +354,16 @@ def context_has_room_for_the_prompt(model: ModelConfig, rollouts: RolloutsConfig
 def heads_divide_the_model(model: ModelConfig) -> Messages:
     if not isinstance(model, Exaone4TinyModel):
         return
-    hidden, heads, kv_heads = model.hidden_size, model.heads, model.kv_heads
+    hidden = model.hidden_size
+    heads = model.heads
+    kv_heads = model.kv_heads
     if heads % kv_heads:
-        rule, reason = f"must divide model.heads = {heads}", "Equally many query heads share each key-value head"
+        rule = f"must divide model.heads = {heads}"
+        reason = "Equally many query heads share each key-value head"
         yield problem("model.kv_heads", kv_heads, rule, reason, f"Nearest valid: {_listed(_divisors(heads), kv_heads)}")
     if hidden % heads:
-        rule, reason = f"must be divisible by model.heads = {heads}", "The heads share it equally"
+        rule = f"must be divisible by model.heads = {heads}"
+        reason = "The heads share it equally"
         lower = hidden - hidden % (2 * heads)
         fix = f"Nearest valid: {_listed([n for n in (lower, lower + 2 * heads) if n], hidden)}"
         yield problem("model.hidden_size", hidden, rule, reason, fix)
@@ -365,7 +377,9 @@ def heads_divide_the_model(model: ModelConfig) -> Messages:
 def tensor_parallel_divides_the_heads(model: ModelConfig, rollouts: RolloutsConfig) -> Messages:
     if not isinstance(model, Exaone4TinyModel):
         return
-    size, heads, kv_heads = rollouts.tensor_parallel_size, model.heads, model.kv_heads
+    size = rollouts.tensor_parallel_size
+    heads = model.heads
+    kv_heads = model.kv_heads
     if heads % size or (kv_heads % size and size % kv_heads):
         rule = f"must divide model.heads = {heads}, and divide or be a multiple of model.kv_heads = {kv_heads}"
         valid = [n for n in _divisors(heads) if not kv_heads % n or not n % kv_heads]
@@ -398,7 +412,8 @@ def every_rl_rank_has_a_row(stages: Stages, training: TrainingConfig, rollouts: 
 
 @_rule
 def token_budget_holds_the_longest_sequence(training: TrainingConfig, model: ModelConfig) -> Messages:
-    budget, longest = training.token_budget, model.max_context_tokens
+    budget = training.token_budget
+    longest = model.max_context_tokens
     if budget is not None and budget < longest:
         rule = f"must be at least model.max_context_tokens = {longest}"
         reason = "A sequence is never split, so a longer one would exceed the memory that the budget allows"
@@ -441,11 +456,13 @@ def rl_has_a_routed_reward(stages: Stages, rewards: RewardsConfig) -> Messages:
 def reward_weights_train_something(rewards: RewardsConfig) -> Messages:
     for name, part in rewards.components.items():
         if not math.isfinite(part.weight):
-            key, reason = f"rewards.components.{name}.weight", "It multiplies every reward"
+            key = f"rewards.components.{name}.weight"
+            reason = "It multiplies every reward"
             yield problem(key, part.weight, "must be a finite number", reason, "The usual value is 1.0")
     if all(not any(part.weights) for part in rewards.components.values()):
         weights = ", ".join(f"{name}.weight = 0" for name in rewards.components)
-        rule, reason = f"at least one weight must differ from 0 ({weights})", "Every reward would be 0"
+        rule = f"at least one weight must differ from 0 ({weights})"
+        reason = "Every reward would be 0"
         yield problem("rewards.components", _braced(rewards.components), rule, reason, "Give one a weight, such as 1.0")
 
 
@@ -459,20 +476,25 @@ def correctness_threshold_is_finite(rewards: RewardsConfig) -> Messages:
 @_rule
 def no_component_is_called_routed(rewards: RewardsConfig) -> Messages:
     if ROUTED in rewards.components:
-        rule, reason = f"a component must not be called {ROUTED}", "As a gate this is the one that the record names"
+        rule = f"a component must not be called {ROUTED}"
+        reason = "As a gate this is the one that the record names"
         yield problem(f"rewards.components.{ROUTED}", "{...}", rule, reason, "Rename it")
 
 
 @_rule
 def weight_schedules_rise_in_steps(rewards: RewardsConfig) -> Messages:
     for name, part in rewards.components.items():
-        key, points = f"rewards.components.{name}.weight_schedule", part.weight_schedule
-        shown, steps = [list(point) for point in points], [step for step, _ in points]
+        key = f"rewards.components.{name}.weight_schedule"
+        points = part.weight_schedule
+        shown = [list(point) for point in points]
+        steps = [step for step, _ in points]
         if points and part.weight != RewardComponent.model_fields["weight"].default:
-            rule, reason = "must not be set together with weight_schedule", "Both say what the part weighs"
+            rule = "must not be set together with weight_schedule"
+            reason = "Both say what the part weighs"
             yield problem(f"rewards.components.{name}.weight", part.weight, rule, reason, "Remove one")
         if steps != sorted(set(steps)) or (steps and steps[0] < 0):
-            rule, reason = "steps must be >= 0 and rise", "Between two points the weight is linear"
+            rule = "steps must be >= 0 and rise"
+            reason = "Between two points the weight is linear"
             yield problem(key, shown, rule, reason, "Sort the points by step, each step once")
         if not all(math.isfinite(weight) for _, weight in points):
             yield problem(key, shown, "weights must be finite numbers", "They multiply the reward", "Correct them")
@@ -482,7 +504,8 @@ def weight_schedules_rise_in_steps(rewards: RewardsConfig) -> Messages:
 def gates_are_other_components(rewards: RewardsConfig) -> Messages:
     parts = rewards.components
     for name, part in parts.items():
-        key, gate = f"rewards.components.{name}.gate", part.gate
+        key = f"rewards.components.{name}.gate"
+        gate = part.gate
         if gate is None:
             continue
         if gate == ROUTED and part.applies == "routed":
@@ -493,13 +516,15 @@ def gates_are_other_components(rewards: RewardsConfig) -> Messages:
             fix = did_you_mean(gate, [*parts, ROUTED], f"There are {', '.join(parts)} and {ROUTED}")
             yield problem(key, gate, f"must be a component or {ROUTED}", reason, fix)
         elif cycle := _gate_cycle(parts, name):
-            rule, reason = f"gates must not form a circle ({' -> '.join(cycle)})", "None of them could ever open"
+            rule = f"gates must not form a circle ({' -> '.join(cycle)})"
+            reason = "None of them could ever open"
             yield problem(key, gate, rule, reason, "Remove one of these gates")
 
 
 def _gate_cycle(parts: Mapping[str, RewardComponent], name: str) -> list[str]:
     """The way from `name` along its gates back to `name`; empty where it does not lead there."""
-    way, gate = [name], parts[name].gate
+    way = [name]
+    gate = parts[name].gate
     while gate is not None and gate in parts and gate not in way[1:]:
         way.append(gate)
         if gate == name:
@@ -529,10 +554,12 @@ def brought_rewards_are_complete(rewards: RewardsConfig) -> Messages:
                 f"{key}.url", part.url, "must not be set together with path", "Both give values", "Remove one"
             )
         if part.path is not None and not _FUNCTION_PATH.fullmatch(part.path):
-            rule, reason = "must be package.module:function or file.py:function", "This names no function"
+            rule = "must be package.module:function or file.py:function"
+            reason = "This names no function"
             yield problem(f"{key}.path", part.path, rule, reason, "Add a colon and the name of the function")
         if part.url is not None and part.style not in ("groupwise", "openrlhf"):
-            rule, reason = "must be groupwise or openrlhf with url", "These protocols are spoken over HTTP"
+            rule = "must be groupwise or openrlhf with url"
+            reason = "These protocols are spoken over HTTP"
             yield problem(f"{key}.style", part.style, rule, reason, "Remove it for a `python -m rewards serve`")
         if part.url is not None and urlparse(part.url).scheme not in ("http", "https"):
             yield problem(
@@ -549,7 +576,8 @@ def _range_problems(key: str, part: RewardComponent) -> Messages:
         end = "low" if part.low is not None else "high"
         reason = "A registered function declares its range with @reward"
         yield problem(f"{key}.{end}", getattr(part, end), "needs path or url", reason, "Remove it")
-    low, high = -math.inf if part.low is None else part.low, math.inf if part.high is None else part.high
+    low = -math.inf if part.low is None else part.low
+    high = math.inf if part.high is None else part.high
     if not low < high:
         yield problem(f"{key}.low", low, f"must be below high = {high}", "No value lies between", "Correct them")
     if not part.conversational and part.style != "trl":
@@ -593,7 +621,8 @@ def every_server_is_asked(servers: Servers, rewards: RewardsConfig) -> Messages:
     wanted = {ask.server for ask in asked(rewards)}
     for name in servers:
         if name not in wanted:
-            rule, reason = "must be asked by a reward", "It would hold its share of the machine for nothing"
+            rule = "must be asked by a reward"
+            reason = "It would hold its share of the machine for nothing"
             fix = f"Set endpoint.server: {name} in the params of a component, or remove the server"
             yield problem(f"servers.{name}", "{...}", rule, reason, fix)
 
@@ -603,7 +632,8 @@ def servers_are_of_the_kind_that_is_asked(servers: Servers, rewards: RewardsConf
     for ask in asked(rewards):
         wanted = KINDS.get(ask.component) if rewards.components[ask.component].registered else None
         if wanted and ask.server in servers and servers[ask.server].kind != wanted:
-            key, kind = f"servers.{ask.server}.kind", servers[ask.server].kind
+            key = f"servers.{ask.server}.kind"
+            kind = servers[ask.server].kind
             reason = f"{ask.key}.server names it, and {ask.component} asks {_PATHS[wanted]}"
             yield problem(key, kind, f"must be {wanted}", reason, f"Set it to {wanted}, or name another server")
 
@@ -616,14 +646,16 @@ def an_endpoint_is_of_the_run_or_elsewhere(rewards: RewardsConfig) -> Messages:
     for ask in asked(rewards):
         for name in GIVEN_BY_SERVER:
             if ask.endpoint.get(name) is not None:
-                key, rule = f"{ask.key}.{name}", f"must be null with server: {ask.server}"
+                key = f"{ask.key}.{name}"
+                rule = f"must be null with server: {ask.server}"
                 yield problem(key, ask.endpoint[name], rule, "The server of the run says it", "Remove one of the two")
 
 
 @_rule
 def replies_fit_the_context_of_their_server(servers: Servers, rewards: RewardsConfig) -> Messages:
     for ask in asked(rewards):
-        tokens, context = ask.endpoint.get("max_tokens", 0), getattr(servers.get(ask.server), "max_context_tokens", 0)
+        tokens = ask.endpoint.get("max_tokens", 0)
+        context = getattr(servers.get(ask.server), "max_context_tokens", 0)
         if isinstance(tokens, int) and context and tokens >= context:
             rule = f"must be less than servers.{ask.server}.max_context_tokens = {context}"
             yield problem(f"{ask.key}.max_tokens", tokens, rule, "The question needs room too", "Lower it")
@@ -633,7 +665,8 @@ def replies_fit_the_context_of_their_server(servers: Servers, rewards: RewardsCo
 def server_flags_have_one_place(servers: Servers) -> Messages:
     for name, server in servers.items():
         for flag, value in server.args.items():
-            key, plain = f"servers.{name}.args.{flag}", flag.lstrip("-").replace("_", "-")
+            key = f"servers.{name}.args.{flag}"
+            plain = flag.lstrip("-").replace("_", "-")
             if plain in OWN_FLAGS:
                 fix = f"Set servers.{name}.{OWN_FLAGS[plain]}"
                 yield problem(key, value, "must not be set here", "A field of the server sets it", fix)
@@ -649,7 +682,8 @@ def server_flags_have_one_place(servers: Servers) -> Messages:
 def servers_on_cpu_are_one_process(servers: Servers, cluster: ClusterConfig) -> Messages:
     for name, server in servers.items():
         if server.tensor_parallel_size > 1 and cluster.device == "cpu":
-            key, size = f"servers.{name}.tensor_parallel_size", server.tensor_parallel_size
+            key = f"servers.{name}.tensor_parallel_size"
+            size = server.tensor_parallel_size
             reason = "It is the number of GPUs, and cluster.device is cpu"
             yield problem(key, size, "must be 1 on cpu", reason, "Set it to 1, or cluster.device to cuda")
 
@@ -692,7 +726,8 @@ FIXED_ENGINE_ARGS = (
 @_rule
 def engine_arguments_have_one_place(rollouts: RolloutsConfig) -> Messages:
     for name, value in rollouts.engine_args.items():
-        key, plain = f"rollouts.engine_args.{name}", name.lstrip("-").replace("-", "_")
+        key = f"rollouts.engine_args.{name}"
+        plain = name.lstrip("-").replace("-", "_")
         if plain in OWN_ENGINE_ARGS:
             yield problem(key, value, "must not be set here", "Another key sets it", f"Set {OWN_ENGINE_ARGS[plain]}")
         elif plain in FIXED_ENGINE_ARGS:
@@ -704,7 +739,8 @@ def engine_arguments_have_one_place(rollouts: RolloutsConfig) -> Messages:
 
 @_rule
 def groups_are_kept_no_longer_than_they_may_train(rollouts: RolloutsConfig) -> Messages:
-    depth, staleness = rollouts.pipeline_depth, rollouts.max_staleness
+    depth = rollouts.pipeline_depth
+    staleness = rollouts.max_staleness
     if depth is not None and depth > staleness + 1:
         rule = f"must be at most rollouts.max_staleness + 1 = {staleness + 1}"
         reason = "A group that is dispatched earlier than that is too old when its step comes"
@@ -787,7 +823,8 @@ def only_gpus_are_shared(cluster: ClusterConfig) -> Messages:
 
 @_rule
 def probes_fit_the_context(model: ModelConfig, weight_sync: WeightSyncConfig) -> Messages:
-    tokens, context = weight_sync.attestation.probe_tokens, model.max_context_tokens
+    tokens = weight_sync.attestation.probe_tokens
+    context = model.max_context_tokens
     if tokens >= context:
         rule = f"must be less than model.max_context_tokens = {context}"
         reason = "An engine reads the probe as a prompt and samples one token after it"
