@@ -32,7 +32,16 @@ from rewards.servers.worker import Servers
 from rewards.worker import spawn
 from rlhf.algorithms.page import help_for
 from rlhf.checkpoints.directories import written
-from rlhf.checkpoints.resume import CONFIG_FILE, SUMMARY_FILE, cut_records, find_run, locked, require_same, saved_config
+from rlhf.checkpoints.resume import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    cut_records,
+    find_run,
+    locked,
+    require_same,
+    saved_config,
+)
 from rlhf.checkpoints.saver import Checkpoints
 from rlhf.checkpoints.store import CheckpointStore
 from rlhf.cluster import Cluster, roles
@@ -79,12 +88,14 @@ def main(composed: DictConfig) -> None:
     interrupts.install()
     try:
         run(resolved(composed), console, interrupts, HydraConfig.get().overrides.task)
-    except GroupwiseError as error:
-        console.error(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.note("interrupted: all processes of the run have ended")
-        sys.exit(130)
+    except (GroupwiseError, KeyboardInterrupt) as error:
+        if isinstance(error, GroupwiseError):
+            console.error(error)
+        else:
+            console.note("interrupted: all processes of the run have ended")
+        for line in getattr(error, "__notes__", ()):
+            console.note(line)
+        sys.exit(1 if isinstance(error, GroupwiseError) else 130)
 
 
 def resolved(composed: DictConfig) -> Any:
@@ -130,15 +141,16 @@ def run(raw: Any, console: RunConsole, interrupts: Interrupts, overrides: Sequen
     with locked(run_dir):
         try:
             train(config, run_dir, sources, console, interrupts)
-        except KeyboardInterrupt:
-            console.note(f"to go on: python launch.py resume={run_dir}")
+        except (KeyboardInterrupt, GroupwiseError) as error:
+            if any((run_dir / CHECKPOINTS).glob("[0-9]*")):
+                error.add_note(f"to go on from the newest checkpoint: python launch.py resume={run_dir}")
             raise
 
 
 def train(config: RunConfig, run_dir: Path, sources: Sources, console: RunConsole, interrupts: Interrupts) -> None:
     """Run the pipeline in `run_dir`, from its newest checkpoint on if it has one."""
     with ExitStack() as stack:
-        store = CheckpointStore(run_dir / "checkpoints", config.checkpoints.keep)
+        store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoints.keep)
         resumed = store.newest(console.note)
         cut_records(run_dir, resumed, (METRICS_FILE, SAMPLES_FILE, LEDGER_FILE))
         tracker = Tracker(

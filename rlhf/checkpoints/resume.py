@@ -16,6 +16,7 @@ from rlhf.checkpoints.store import Checkpoint
 from rlhf.config import RunConfig
 from rlhf.errors import CheckpointError, ConfigError, did_you_mean
 
+CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 AUTO = "auto"
