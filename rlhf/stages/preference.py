@@ -7,6 +7,8 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from rlhf.algorithms.offline import OfflineAlgorithm
 from rlhf.batches.ragged import PreferenceSequences, unit_sequences, with_reference
 from rlhf.config import PreferenceFile, PreferenceStage
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import CheckpointError, ConfigError, DataError
 from rlhf.preferences import untrainable
 from rlhf.samples import PreferenceGroup, PreferencePair, PreferenceUnit
 from rlhf.stages.cache import digest, examples_digest, model_digest, read_ragged, write_ragged
@@ -36,11 +38,15 @@ def run(context: Context, name: str, stage: PreferenceStage) -> Outcome:
     _check(name, stage, algorithm, found, units, left_out)
     total = optimiser_steps(len(units), stage)
     _check_warm_up(name, stage, total)
-    context.begin_stage(stage, total)
-    reference = _reference(context, units) if algorithm.needs.reference_logprobs else None
-    phases, tokens = context.phases(), 0
-    with context.console.stage(name, total) as progress:
-        for step, chosen in enumerate(steps(len(units), stage, zlib.crc32(f"{context.config.seed}/{name}".encode()))):
+    resumed = context.checkpoints.take_resumed(name)
+    context.begin_stage(stage, total, resumed.step)
+    needed = algorithm.needs.reference_logprobs
+    reference = _reference(context, units, stored=resumed.step > 0) if needed else None
+    phases = context.phases()
+    tokens: int = resumed.state.get("trained_tokens", 0)
+    batches = steps(len(units), stage, zlib.crc32(f"{context.config.seed}/{name}".encode()))
+    with context.console.stage(name, total) as progress, context.checkpoints.steps():
+        for step, chosen in islice(enumerate(batches), resumed.step, None):
             phases.start_step()
             with phases("batch"):
                 batch = _batch(algorithm, units, chosen, reference)
@@ -50,6 +56,7 @@ def run(context: Context, name: str, stage: PreferenceStage) -> Outcome:
             metrics = offline_metrics(report, phases)
             context.tracker.log(metrics, stage=name, step=step)
             progress.advance(step + 1, metrics, phases.step)
+            context.checkpoints.step_done(name, step + 1, total, partial(dict, trained_tokens=tokens))
     context.publish()
     return Outcome(total, tokens, {"units": len(units), "left_out": dict(left_out)})
 
@@ -80,10 +87,11 @@ def _batch(
     return with_reference(batch, np.concatenate([row for index in chosen for row in reference[index]]))
 
 
-def _reference(context: Context, units: Units) -> list[list[np.ndarray]]:
-    """Log-probs [T] of every completion of every unit under the weights at the start of the stage, which are loaded.
+def _reference(context: Context, units: Units, *, stored: bool) -> list[list[np.ndarray]]:
+    """Log-probs [T] of every completion of every unit under the weights at the start of the stage.
 
-    They are computed once and kept in `cache_root` under a fingerprint of the weights and of the completions.
+    They are computed once and kept in `cache_root` under a fingerprint of the weights and of the completions. If they
+    must be `stored`, because the learners have trained since, CheckpointError says where they are missing.
     """
     completions = [unit.completions for unit in units]
     flat = [completion for unit in completions for completion in unit]
@@ -93,6 +101,11 @@ def _reference(context: Context, units: Units) -> list[list[np.ndarray]]:
     if path.exists():
         context.console.note(f"reference log-probs: {path}")
         rows = read_ragged(path)
+    elif stored:
+        raise CheckpointError(
+            f"{path}: must be there to resume this stage. It has the log-probs of weights that the learners no longer "
+            "hold. Restore cache_root, or remove the checkpoints of this stage to begin it again."
+        )
     else:
         rows = list(_computed(context, units))
         write_ragged(path, rows)

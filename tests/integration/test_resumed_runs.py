@@ -37,6 +37,12 @@ SMALL = (
     "tracking.samples_every=1",
 )
 
+PAIRS = Path(__file__).with_name("pairs.jsonl")
+DPO = (
+    f"+stages.dpo={{kind: preference, data: {{kind: jsonl, path: {PAIRS}}}, batch_size: 2, epochs: 16, "
+    "algorithm: {name: dpo}, optimizer: {learning_rate: 1e-3}}"
+)
+
 pytestmark = pytest.mark.integration
 
 
@@ -110,14 +116,15 @@ def test_a_run_that_is_killed_goes_on_where_it_was_saved(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_ended_three_times_ends_as_one_that_never_was(tmp_path):
     root = tmp_path / "runs"
-    process = start(*SMALL, f"run_root={root}")
+    command = (*SMALL, DPO, f"run_root={root}", f"cache_root={tmp_path}/cache")
+    process = start(*command)
     kill_when(process, lambda: len(steps(newest_run(root), "sft")) >= 8)
     run = newest_run(root)
     first_sft = steps(run, "sft")
     assert checkpoints(run)[-1] in {"sft-000003", "sft-000006", "sft-000009"}
 
     # In the same words each time, as a scheduler says it; this time it gives notice.
-    process = start(*SMALL, f"run_root={root}", "resume=auto")
+    process = start(*command, "resume=auto")
     output = stop_when(process, lambda: len(steps(run, "rl")) >= 4)
     assert process.returncode == 130, output
     assert f"resume={run}" in output
@@ -127,10 +134,15 @@ def test_a_run_that_is_ended_three_times_ends_as_one_that_never_was(tmp_path):
     assert checkpoints(run)[-1] == f"rl-{len(steps(run, 'rl')):06d}", "the last step that was made is saved"
 
     process = start(f"resume={run}")
-    kill_when(process, lambda: len(steps(run, "rl")) >= 7)
+    kill_when(process, lambda: len(steps(run, "dpo")) >= 8)
     finish(start(f"resume={run}"))
-    check_whole(run)
-    assert steps(run, "rl", "metrics.discarded.jsonl"), "what was done twice is kept beside the record"
+    check_whole(run, "dpo")
+    discarded, dpo = steps(run, "dpo", "metrics.discarded.jsonl"), steps(run, "dpo")
+    assert [line["step"] for line in dpo] == list(range(24))
+    assert discarded, "what was done twice is kept beside the record"
+    for before in discarded:
+        after = dpo[int(before["step"])]
+        assert (before["policy/loss"], before["optim/grad_norm"]) == (after["policy/loss"], after["optim/grad_norm"])
     assert "must be an unfinished run" in start(f"resume={run}").communicate(timeout=60)[0]
 
 
@@ -139,15 +151,15 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, output[-4000:]
 
 
-def check_whole(run: Path) -> None:
+def check_whole(run: Path, *more: str) -> None:
     """The records of a run that has ended have no gap and nothing twice."""
     assert newest_run(run.parent) == run, "no other run was started"
     assert [line["step"] for line in steps(run, "sft")] == list(range(SFT_STEPS))
     assert [line["step"] for line in steps(run, "rl")] == list(range(RL_STEPS))
     check_ledger(run)
     summary = json.loads((run / "summary.json").read_text())
-    assert [stage["name"] for stage in summary["stages"]] == ["sft", "rl"]
-    assert summary["evaluation"].keys() == {"sft", "rl"}
+    assert [stage["name"] for stage in summary["stages"]] == ["sft", "rl", *more]
+    assert summary["evaluation"].keys() == {"sft", "rl", *more}
     assert summary["rl"]["ledger"]["trained"] == 4 * RL_STEPS
     assert summary["rl"]["ledger"]["lost"] > 0
 

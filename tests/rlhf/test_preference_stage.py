@@ -18,6 +18,7 @@ from rlhf.algorithms.grouper import Grouper
 from rlhf.algorithms.simper import Simper
 from rlhf.batches.ragged import PairSequences, Sequences
 from rlhf.config import PreferenceStage
+from rlhf.errors import CheckpointError
 from rlhf.phases import Phases
 from rlhf.samples import PreferenceGroup, PreferencePair, TokenizedExample
 from rlhf.stages import preference
@@ -132,7 +133,7 @@ def expected(batch: PairSequences) -> list[float]:
 
 @pytest.mark.parametrize("chosen", [[2, 0], [4], [0, 1, 2, 3, 4]])
 def test_reference_log_probs_of_all_units_are_found_again_in_any_step(context: Any, chosen: list[int]) -> None:
-    reference = preference._reference(context, PAIRS)
+    reference = preference._reference(context, PAIRS, stored=False)
     assert [len(batch) for batch in context.parts.learners.asked] == [4, 4, 2]
     batch = preference._batch(Dpo(), PAIRS, chosen, reference)
     assert isinstance(batch, PairSequences)
@@ -142,13 +143,23 @@ def test_reference_log_probs_of_all_units_are_found_again_in_any_step(context: A
 
 
 def test_they_are_computed_once_and_read_again_bit_by_bit(context: Any) -> None:
-    first = preference._reference(context, PAIRS)
-    second = preference._reference(context, PAIRS)
+    first = preference._reference(context, PAIRS, stored=False)
+    second = preference._reference(context, PAIRS, stored=False)
     assert len(context.parts.learners.asked) == 3
     for ours, theirs in zip(first, second, strict=True):
         assert all(map(np.array_equal, ours, theirs))
-    preference._reference(context, PAIRS[1:])
+    preference._reference(context, PAIRS[1:], stored=False)
     assert len(context.parts.learners.asked) == 5
+
+
+def test_a_resumed_stage_takes_what_was_stored_and_never_computes_it_with_later_weights(context: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"reference-\w+\.npz: must be there to resume this stage"):
+        preference._reference(context, PAIRS, stored=True)
+    assert context.parts.learners.asked == []
+    first = preference._reference(context, PAIRS, stored=False)
+    again = preference._reference(context, PAIRS, stored=True)
+    for ours, theirs in zip(first, again, strict=True):
+        assert all(map(np.array_equal, ours, theirs))
 
 
 def test_units_of_different_sizes_keep_their_own(context: Any) -> None:
@@ -156,7 +167,7 @@ def test_units_of_different_sizes_keep_their_own(context: Any) -> None:
         PreferenceGroup("a", (example(0, 1), example(10, 2), example(20, 3)), (1.0, 0.0, 0.5)),
         PreferenceGroup("b", (example(30, 2), example(40, 1)), (1.0, 0.0)),
     ]
-    reference = preference._reference(context, groups)
+    reference = preference._reference(context, groups, stored=False)
     assert [[row.tolist() for row in unit] for unit in reference] == [
         [[0, 0, -2], [0, 0, -12, -13], [0, 0, -22, -23, -24]],
         [[0, 0, -32, -33], [0, 0, -42]],
