@@ -15,6 +15,7 @@ from rlhf.runtime.interrupts import SIGNALS, Interrupts
 @pytest.fixture
 def told() -> Iterator[list[str]]:
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may run them under nohup
     yield []
     for number, handler in before.items():
         signal.signal(number, handler)
