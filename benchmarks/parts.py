@@ -61,9 +61,12 @@ def checkout(ref: str | None) -> Iterator[Path | None]:
 def record(path: Path, name: str, result: Mapping[str, Any]) -> None:
     """Put one part's result into the file, beside those of other parts."""
     whole: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"figures": {}, "parts": {}}
+    for older in whole["parts"].get(name, {}).get("figure_names", ()):
+        whole["figures"].pop(older, None)
     whole["figures"] |= result["figures"]
     details = {key: value for key, value in result.items() if key != "figures"}
-    whole["parts"][name] = {**details, "date": date.today().isoformat(), "machine": facts()}
+    names = {"figure_names": sorted(result["figures"])}
+    whole["parts"][name] = {**details, **names, "date": date.today().isoformat(), "machine": facts()}
     path.write_text(json.dumps(whole, indent=2) + "\n")
 
 
