@@ -35,6 +35,7 @@ from rlhf.checkpoints.directories import written
 from rlhf.checkpoints.resume import (
     CHECKPOINTS,
     CONFIG_FILE,
+    OF_THE_COMMAND,
     SUMMARY_FILE,
     cut_records,
     find_run,
@@ -115,13 +116,14 @@ def resolved(composed: DictConfig) -> Any:
 def run(raw: Any, console: RunConsole, interrupts: Interrupts, overrides: Sequence[str]) -> None:
     """Validate, show the plan and, unless it is a dry run, do it.
 
-    With `resume` as the only one of the command's `overrides`, the configuration is that of the resumed run.
+    Where the command's `overrides` say nothing of the run but which to resume, its own configuration is taken.
     """
     run_dir = None
     if raw.get("resume"):
         run_dir = find_run(raw["resume"], Path(raw["run_root"]), str(raw.get("experiment")))
-        if run_dir is not None and len(overrides) == 1:
-            raw = {**saved_config(run_dir), "resume": raw["resume"]}
+        said = {override.lstrip("+").partition("=")[0] for override in overrides}
+        if run_dir is not None and said <= OF_THE_COMMAND:
+            raw = {**saved_config(run_dir), **{key: raw[key] for key in said}}
     load_modules("rewards.modules", (raw.get("rewards") or {}).get("modules") or ())
     config = validate(raw, reward_names=registry.names())
     # One scorer up and down again: what only the reward functions know is said before anything is reserved.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import launch
+from rlhf.config import RunConfig
 from rlhf.console import RunConsole
 from rlhf.errors import GroupwiseError
 from rlhf.runtime.interrupts import Interrupts
@@ -29,12 +31,20 @@ def nothing_is_started(request, monkeypatch):
         monkeypatch.setattr(launch, "Cluster", not_refused)
 
 
+def run(*overrides: str) -> str:
+    """What the console shows of a run with these overrides."""
+    given = launch.force_value_overrides(overrides)
+    with initialize_config_dir(str(launch.CONF), version_base=None):
+        raw = OmegaConf.to_container(compose("config", given), resolve=True)
+    shown = io.StringIO()
+    launch.run(raw, RunConsole(shown), Interrupts(print), given)
+    return shown.getvalue()
+
+
 def message(*overrides: str) -> str:
     """The error of a run with these overrides, as the console shows it."""
-    with initialize_config_dir(str(launch.CONF), version_base=None):
-        raw = OmegaConf.to_container(compose("config", launch.force_value_overrides(overrides)), resolve=True)
     with pytest.raises(GroupwiseError) as caught:
-        launch.run(raw, RunConsole(io.StringIO()), Interrupts(print), ())
+        run(*overrides)
     return str(caught.value)
 
 
@@ -317,3 +327,32 @@ def test_a_prompt_longer_than_the_context_is_refused_before_anything_starts(json
 def test_sft_on_records_without_demonstrations_is_refused(jsonl):
     overrides = [argument for argument in jsonl(GOOD) if argument != "~stages.sft"]
     assert "completion" in message(*overrides)
+
+
+# --- a run that is resumed --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """A run that ended before its first checkpoint; its seed is 5 and its steps are 77."""
+    with initialize_config_dir(str(launch.CONF), version_base=None):
+        raw = OmegaConf.to_container(compose("config", ["seed=5", "stages.rl.steps=77"]), resolve=True)
+    path = tmp_path / "20260101-000000-quickstart-abcdef"
+    path.mkdir()
+    launch.write_config(RunConfig.model_validate(raw), path)
+    return path
+
+
+def test_a_resumed_run_has_its_own_configuration(unfinished: Path) -> None:
+    plan = run(f"resume={unfinished}", "dry_run=true")
+    assert re.search(r"seed +5 *\n", plan)
+    assert re.search(r"steps +77 *\n", plan)
+
+
+def test_a_run_cannot_be_resumed_as_another_one(unfinished: Path) -> None:
+    found = message(f"resume={unfinished}", "seed=5", "stages.rl.steps=78")
+    assert "stages.rl.steps = 78: must be 77, as in the run that is resumed." in found
+    assert "seed" not in found
+    assert "Did you mean 20260101-000000-quickstart-abcdef?" in message(
+        "resume=20260101-000000-quickstart-abcdeg", f"run_root={unfinished.parent}"
+    )

@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 AUTO = "auto"
-_OF_THE_COMMAND = ("resume", "dry_run")
+OF_THE_COMMAND = frozenset({"resume", "dry_run"})
 """Keys that say what to do with a run and not what it is."""
 _SHOWN = 20
 
@@ -54,7 +54,7 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
 def require_same(config: RunConfig, run_dir: Path) -> None:
     """Raises ConfigError with every key whose value is not the one the run was started with."""
     now, then = (_flat(values) for values in (config.model_dump(mode="json"), saved_config(run_dir)))
-    keys = sorted(key for key in now.keys() | then.keys() if key.split(".")[0] not in _OF_THE_COMMAND)
+    keys = sorted(key for key in now.keys() | then.keys() if key.split(".")[0] not in OF_THE_COMMAND)
     changed = [
         f"{key} = {now.get(key, 'absent')}: must be {then.get(key, 'absent')}, as in the run that is resumed."
         for key in keys
