@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints.resume import require_same_data
-from rlhf.checkpoints.saver import LEARNER, state_bytes
+from rlhf.checkpoints.saver import LEARNER
 from rlhf.checkpoints.store import Checkpoint
 from rlhf.config import (
     CollectStage,
@@ -22,6 +22,7 @@ from rlhf.config import (
 from rlhf.ledger import FILE_NAME as LEDGER_FILE
 from rlhf.stages import collect, preference, prefilter, rl, sft
 from rlhf.stages.context import Context, Outcome
+from rlhf.training.model_files import state_bytes
 
 RUN: Mapping[type, Callable[[Context, str, Any], Outcome]] = {
     SftStage: sft.run,

@@ -178,7 +178,7 @@ def pass_over_weights(model: str, zero_stage: int) -> dict[str, float]:
 
 
 def matmul_teraflops(size: int = 8192) -> float:
-    """The fastest of ten bfloat16 products: what this card reaches."""
+    """The fastest of twelve bfloat16 products: what this card reaches."""
     a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     fastest = float("inf")
     for _ in range(12):

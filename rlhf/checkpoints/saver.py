@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +13,6 @@ from rlhf.checkpoints.store import Checkpoint, CheckpointStore
 from rlhf.config import CheckpointsConfig
 from rlhf.errors import StorageError
 from rlhf.runtime.interrupts import Interrupts
-from rlhf.training.model_files import ModelFiles
 
 LEARNER = "learner"
 """The directory of the learner ranks' state in a checkpoint."""
@@ -32,20 +30,6 @@ class StageProgress:
 
     step: int = 0
     state: Mapping[str, Any] = field(default_factory=dict)
-
-
-def state_bytes(model: Path) -> int:
-    """Bytes of weights, float32 masters and two moments of the model in the directory `model`, or somewhat more.
-
-    0 where it is no directory, such as a name that a hub knows.
-    """
-    if not model.is_dir():
-        return 0
-    files = ModelFiles(model)
-    return _BYTES_PER_PARAMETER * sum(math.prod(files.shape(name)) for name in files.names)
-
-
-_BYTES_PER_PARAMETER = 16
 
 
 class Checkpoints:

@@ -1,1 +1,1 @@
-"""What runs and ends the processes of a run."""
+"""Signals that end a run, and what a killed one leaves on its machine."""

@@ -45,6 +45,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+STATE_BYTES_PER_PARAMETER = 16
+"""Weights, float32 masters and two moments of Adam: 14 in bfloat16, at most 16."""
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -150,6 +154,17 @@ def few(names: Sequence[str], limit: int = 5) -> str:
     """The first names, and how many more there are."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def state_bytes(model: Path) -> int:
+    """Bytes that the state of a learner of the model in the directory `model` takes on disk, or somewhat more.
+
+    0 where it is no directory, such as a name that a hub knows.
+    """
+    if not model.is_dir():
+        return 0
+    files = ModelFiles(model)
+    return STATE_BYTES_PER_PARAMETER * sum(torch.Size(files.shape(name)).numel() for name in files.names)
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from rlhf.checkpoints import saver
-from rlhf.checkpoints.saver import Checkpoints, StageProgress, state_bytes
+from rlhf.checkpoints.saver import Checkpoints, StageProgress
 from rlhf.checkpoints.store import CheckpointStore
 from rlhf.config import CheckpointsConfig, Exaone4TinyModel
 from rlhf.models import prepare_model
 from rlhf.runtime.interrupts import Interrupts
+from rlhf.training.model_files import state_bytes
 
 
 class Learners:
