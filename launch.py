@@ -35,12 +35,14 @@ from rlhf.checkpoints.directories import written
 from rlhf.checkpoints.resume import (
     CHECKPOINTS,
     CONFIG_FILE,
+    JOURNAL,
     OF_THE_COMMAND,
     SUMMARY_FILE,
     cut_records,
     find_run,
     locked,
     require_same,
+    resume_point,
     saved_config,
 )
 from rlhf.checkpoints.saver import Checkpoints
@@ -153,7 +155,7 @@ def train(config: RunConfig, run_dir: Path, sources: Sources, console: RunConsol
     """Run the pipeline in `run_dir`, from its newest checkpoint on if it has one."""
     with ExitStack() as stack:
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoints.keep)
-        resumed = store.newest(console.note)
+        resumed = resume_point(store, run_dir / JOURNAL, console.note)
         cut_records(run_dir, resumed, (METRICS_FILE, SAMPLES_FILE, LEDGER_FILE))
         tracker = Tracker(
             config.tracking,
@@ -161,10 +163,10 @@ def train(config: RunConfig, run_dir: Path, sources: Sources, console: RunConsol
             config.model_dump(mode="json"),
             code_version(),
             report=console.note,
-            run_id=None if resumed is None else resumed.state["tracker_run_id"],
+            run_id=None if resumed is None else resumed.checkpoint.state["tracker_run_id"],
         )
         stack.push(lambda kind, *_: tracker.close(ok=kind is None))
-        checkpoints = Checkpoints(store, config.checkpoints, interrupts, console.note, resumed)
+        checkpoints = Checkpoints(store, run_dir / JOURNAL, config.checkpoints, interrupts, console.note, resumed)
         pipeline = start(config, run_dir, sources, tracker, console, stack, checkpoints=checkpoints)
         pipeline.run()
         summary = summarise(pipeline)

@@ -88,8 +88,11 @@ def bundles(config: RunConfig) -> list[dict[str, float]]:
 class Cluster:
     """A Ray that this run started or joined, with one placement group. Use as a context: leaving it ends everything."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, *, learners_only: bool = False) -> None:
+        """With `learners_only` there is room for no other role."""
         self._config = config
+        # The bundles of the learners come first.
+        self._bundles = bundles(config)[: config.training.ranks if learners_only else None]
         self._logs = run_dir / "logs"
         self._owned = config.cluster.address is None
         self._session: SessionFolder | None = None
@@ -137,7 +140,7 @@ class Cluster:
         # Ray lowers the priority of its workers by 15: any other program on the machine would starve the learners.
         os.environ.setdefault("RAY_worker_niceness", "0")
         self._session = SessionFolder()
-        needed = sum(bundle.get("CPU", 0.0) for bundle in bundles(self._config))
+        needed = sum(bundle.get("CPU", 0.0) for bundle in self._bundles)
         cores = float(os.cpu_count() or 1)
         cpus = max(cores, needed) if self._config.cluster.oversubscribe_cpus else cores
         options = {"num_cpus": int(-(-cpus // 1)), "include_dashboard": False, "_temp_dir": str(self._session.path)}
@@ -151,7 +154,7 @@ class Cluster:
             ) from error
 
     def _reserve(self) -> None:
-        wanted = bundles(self._config)
+        wanted = self._bundles
         if self._owned:
             _require_this_machine(wanted)
         self._group = placement_group(wanted, strategy="PACK")

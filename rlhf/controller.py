@@ -8,16 +8,16 @@ Synchronous training is `max_staleness: 0`; there is no second loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.online import OnlineAlgorithm
-from rlhf.batches.ragged import RolloutBatch, RolloutSequences, ScoredSamples, rollout_batch
-from rlhf.errors import NonFiniteError
+from rlhf.batches.ragged import RolloutBatch, rollout_batch
 from rlhf.ledger import Ledger
 from rlhf.metrics import merged
 from rlhf.mismatch import without_redundant_fresh
@@ -28,7 +28,10 @@ from rlhf.samples import ScoredGroup
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one RL step did, for logs, tables and the summary. `advantages` [N], in the order of the valued samples."""
+    """What one RL step did, for logs, tables and the summary.
+
+    `advantages` [N] are in the order of the valued samples, `digests` those of each rank's masters after the updates.
+    """
 
     step: int
     taken: Taken
@@ -36,27 +39,18 @@ class StepRecord:
     advantages: Tensor
     updates: Sequence[UpdateReport]
     sync: SyncReport
+    digests: Sequence[Mapping[str, str]]
 
     @property
     def groups(self) -> Sequence[ScoredGroup]:
         return self.taken.groups
 
 
-@dataclass(frozen=True, slots=True)
-class FailedUpdate:
-    """The optimiser step that was not finite: `part` int64 [n] are the numbers of its samples in `samples`."""
-
-    samples: ScoredSamples
-    sequences: RolloutSequences
-    part: np.ndarray
-    advantages: Tensor
-
-
 @dataclass(slots=True)
 class Controller:
     """Drives rollouts, learners and weight sync from one weight version to the next.
 
-    `dump` is given the optimiser step that was not finite, before the run stops.
+    `journal` gives the directory in which the learners note what a step trains.
     """
 
     rollouts: RolloutSource
@@ -66,7 +60,7 @@ class Controller:
     correct_at: float
     max_staleness: int
     updates_per_step: int
-    dump: Callable[[FailedUpdate], None]
+    journal: Callable[[int], Path | None]
     phase: Phases = field(default_factory=Phases)
 
     def steps(self, count: int, first: int = 0) -> Iterator[StepRecord]:
@@ -84,28 +78,25 @@ class Controller:
         with self.phase("annotate"):
             batch = rollout_batch(groups, version, self.correct_at, self.max_staleness)
             parts = optimiser_steps(batch, self.updates_per_step)
-            held = self.learners.hold(batch, parts)
+            held = self.learners.hold(batch, parts, self.journal(step))
         with self.phase("advantage"):
             advantages = self.algorithm.advantages(batch.samples, held.kl_nats)
         with self.phase("update"):
             updates = [self._update(held, number, batch, part, advantages) for number, part in enumerate(parts)]
+            digests = self.learners.master_digests()
         with self.phase("sync"):
             sync = self.publisher.publish()
         # Sampling for the next step begins before this one is looked at.
         self.rollouts.trained(groups, step)
         self.rollouts.advance(self.publisher.version)
-        return StepRecord(step, taken, batch, advantages, updates, sync)
+        return StepRecord(step, taken, batch, advantages, updates, sync, digests)
 
     def _update(
         self, held: HeldStep, number: int, batch: RolloutBatch, part: np.ndarray, advantages: Tensor
     ) -> UpdateReport:
         weights = torch.zeros(len(batch.samples))
         weights[part] = self.algorithm.sample_weights(batch.samples.completion_tokens[part])
-        try:
-            return held.update(number, advantages, weights)
-        except NonFiniteError:
-            self.dump(FailedUpdate(batch.samples, batch.sequences.fetched(), part, advantages))
-            raise
+        return held.update(number, advantages, weights)
 
 
 def optimiser_steps(batch: RolloutBatch, updates: int) -> list[np.ndarray]:

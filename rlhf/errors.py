@@ -49,6 +49,10 @@ class CheckpointError(GroupwiseError):
     """A checkpoint is damaged, or is not one of this run; the message names the file and what is wrong with it."""
 
 
+class ReplayError(GroupwiseError):
+    """A journaled step that was trained again did not give what it gave the first time."""
+
+
 class RewardFailureError(GroupwiseError):
     """More rewards failed than the error budget allows; carries the author's traceback."""
 

@@ -63,11 +63,13 @@ class Pipeline:
         if size > 1 << 30:
             most = f"{(keep + 1) * size / (1 << 30):.1f} GiB at most"
             self.context.console.note(f"checkpoints: {size / (1 << 30):.1f} GiB each, {most} while one is written")
-        first = 0 if resumed is None else names.index(resumed.state["stage"])
+        first = 0 if resumed is None else names.index(resumed.checkpoint.state["stage"])
         if resumed is None:
             self._start()
+            if isinstance(stages[names[0]], RlStage):
+                self.context.checkpoints.save(names[0], 0, {})  # for the journal to go on from
         else:
-            self._resume(resumed)
+            self._resume(resumed.checkpoint)
         for name in names[first:]:
             stage = stages[name]
             started = time.monotonic()

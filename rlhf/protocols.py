@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,11 +91,24 @@ class LearnerGroup(Protocol):
         """Start a training stage, or go on with it: the weights as they are, the stage's algorithm and optimiser."""
         ...
 
-    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> HeldStep:
+    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray], journal: Path | None = None) -> HeldStep:
         """Tell the ranks which sequences to fetch, annotate and keep.
 
-        `parts` are the numbers int64 [n] of the samples of each optimiser step.
+        `parts` are the numbers int64 [n] of the samples of each optimiser step. Each rank writes its rows into the
+        directory `journal`, if one is given, before it trains them.
         """
+        ...
+
+    def replay(self, journal: Path) -> Sequence[UpdateReport]:
+        """Train the step in the directory `journal` again, one report for each optimiser step."""
+        ...
+
+    def master_digests(self) -> Sequence[Mapping[str, str]]:
+        """For each rank the digest of its part of every float32 master, by the name of the tensor."""
+        ...
+
+    def machines(self) -> Sequence[Mapping[str, Any]]:
+        """For each rank what decides the bits of its arithmetic; see `rlhf.training.machine`."""
         ...
 
     def logprobs(self, batch: Sequences) -> np.ndarray:

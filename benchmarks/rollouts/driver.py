@@ -75,6 +75,9 @@ class Nothing:
     def update(self, *_: Any) -> UpdateReport:
         return UpdateReport(0.0, 0.0, 0.0, 1, MetricSums())
 
+    def master_digests(self) -> list[dict[str, str]]:
+        return []
+
     def publish(self) -> SyncReport:
         self.version += 1
         return SyncReport(self.version, 0, 0.0, 0.0, 0.0, 0.0)
@@ -123,7 +126,7 @@ def _measured(engines: int, length: int, steps: int) -> dict[str, float]:
             correct_at=1.0,
             max_staleness=steps,
             updates_per_step=1,
-            dump=lambda _: None,
+            journal=lambda _: None,
         )
         seconds, sent = [], []
         for _ in controller.steps(steps):

@@ -35,10 +35,10 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.batches.ragged import rollout_batch
 from rlhf.cluster import Cluster, roles
 from rlhf.config import AlgorithmConfig, RlStage, RunConfig
-from rlhf.controller import Controller, optimiser_steps
+from rlhf.controller import Controller, StepRecord, optimiser_steps
 from rlhf.ledger import Ledger
 from rlhf.models import load_tokenizer, prepare_model
-from rlhf.protocols import StageSetup
+from rlhf.protocols import LearnerGroup, StageSetup
 from rlhf.samples import ScoredGroup
 from rlhf.selection import Rejected
 from rlhf.training.worker import RayLearnerGroup
@@ -209,26 +209,40 @@ class Stack:
                 held.update(0, advantages, algorithm.sample_weights(batch.samples.completion_tokens))
             return steps * float(batch.samples.completion_tokens.sum()) / (time.monotonic() - started)
 
-    def together(self, staleness: int, steps: int) -> float:
-        """Trained tokens per second of the controller's loop."""
-        with self._rollouts(staleness, steps + 2, 0.0, depth=staleness + 1) as (rollouts, _):
+    @property
+    def learners(self) -> RayLearnerGroup:
+        return self._learners
+
+    def steps(
+        self,
+        staleness: int,
+        count: int,
+        learners: LearnerGroup,
+        journal: Callable[[int], Path | None] = lambda step: None,
+    ) -> Iterator[StepRecord]:
+        """The steps of the controller's loop."""
+        with self._rollouts(staleness, count, 0.0, depth=staleness + 1) as (rollouts, _):
             controller = Controller(
                 rollouts=rollouts,
-                learners=self._learners,
+                learners=learners,
                 publisher=self._publisher,
                 algorithm=self._algorithm(),
                 correct_at=1.0,
                 max_staleness=staleness,
                 updates_per_step=1,
-                dump=lambda _: None,
+                journal=journal,
             )
-            tokens = 0
-            for number, record in enumerate(controller.steps(steps + 2)):
-                if number == 1:
-                    started = time.monotonic()
-                elif number > 1:
-                    tokens += sum(update.trained_tokens for update in record.updates)
-            return tokens / (time.monotonic() - started)
+            yield from controller.steps(count)
+
+    def together(self, staleness: int, steps: int) -> float:
+        """Trained tokens per second of the controller's loop."""
+        tokens = 0
+        for number, record in enumerate(self.steps(staleness, steps + 2, self._learners)):
+            if number == 1:
+                started = time.monotonic()
+            elif number > 1:
+                tokens += sum(update.trained_tokens for update in record.updates)
+        return tokens / (time.monotonic() - started)
 
     def _algorithm(self) -> OnlineAlgorithm:
         algorithm = build("grpo_icepop", {})

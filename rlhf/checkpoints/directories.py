@@ -73,8 +73,11 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written(target: Path) -> Iterator[Path]:
-    """The path of a file to write, which becomes `target` when the block ends, and is removed when it raises."""
+def written(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """The path of a file to write, which becomes `target` when the block ends, and is removed when it raises.
+
+    If it is `durable`, it is on the disk then. Else it may be lost with the machine, not with the process.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     os.close(descriptor)
@@ -82,9 +85,11 @@ def written(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o644)  # mkstemp made it private
-        sync(partial)
+        if durable:
+            sync(partial)
         partial.replace(target)
-        sync(target.parent)
+        if durable:
+            sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 

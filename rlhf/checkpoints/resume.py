@@ -4,25 +4,89 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlhf import jsonl
-from rlhf.checkpoints.store import Checkpoint
+from rlhf.checkpoints.journal import Digests, Journal, JournaledStep, keep_only
+from rlhf.checkpoints.store import Checkpoint, CheckpointStore
 from rlhf.config import RunConfig
-from rlhf.errors import CheckpointError, ConfigError, did_you_mean
+from rlhf.errors import CheckpointError, ConfigError, ReplayError, did_you_mean
 
 CHECKPOINTS = "checkpoints"
+JOURNAL = "journal"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 AUTO = "auto"
 OF_THE_COMMAND = frozenset({"resume", "dry_run"})
 """Keys that say what to do with a run and not what it is."""
 _SHOWN = 20
+_LOSS_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where a run goes on: after the last of the `journaled` steps that follow `checkpoint`."""
+
+    checkpoint: Checkpoint
+    journaled: tuple[JournaledStep, ...]
+
+    @property
+    def record_bytes(self) -> Mapping[str, int]:
+        """Size in bytes of each of the run's records at this point."""
+        return self.journaled[-1].record_bytes if self.journaled else self.checkpoint.state["record_bytes"]
+
+
+def resume_point(store: CheckpointStore, journal: Path, report: Callable[[str], None]) -> ResumePoint | None:
+    """The newest whole checkpoint with the journaled steps after it; None where the run has none.
+
+    Steps in the directory `journal` that do not follow it are removed: the run makes them anew.
+    """
+    checkpoint = store.newest(report)
+    if checkpoint is None:
+        keep_only(journal, {})
+        return None
+    stage, step = checkpoint.state["stage"], checkpoint.state["step"]
+    journaled = Journal(journal / stage).following(step)
+    keep_only(journal, {stage: range(step + len(journaled))})
+    return ResumePoint(checkpoint, journaled)
+
+
+def check_replayed(
+    step: JournaledStep, losses: Sequence[float], digests: Sequence[Digests], machines: Sequence[Mapping[str, Any]]
+) -> bool:
+    """True where a step that was trained again gave the recorded bits; False where only losses can be compared.
+
+    That is so where `machines`, what the ranks run on now, are not those of the first time. Raises ReplayError that
+    names the step and the first tensor, or the loss, that differs.
+    """
+    if [dict(one) for one in step.machines] != [dict(one) for one in machines]:
+        for number, (loss_before, loss) in enumerate(zip(step.losses, losses, strict=True)):
+            if abs(loss - loss_before) > _LOSS_TOLERANCE * max(1.0, abs(loss_before)):
+                raise ReplayError(
+                    f"step {step.step}, optimiser step {number}: has the loss {loss:.8g} when trained again on another "
+                    f"machine or layout, and had {loss_before:.8g}; {_LOSS_TOLERANCE:g} is allowed. {_NO_REPLAY}"
+                )
+        return False
+    for rank, (before, now) in enumerate(zip(step.digests, digests, strict=True)):
+        for name, digest in before.items():
+            if now.get(name) != digest:
+                raise ReplayError(
+                    f"step {step.step}, rank {rank}, tensor {name}: has other bits when trained again: "
+                    f"{now.get(name, 'absent')} and not {digest}. {_NO_REPLAY}"
+                )
+    return True
+
+
+_NO_REPLAY = (
+    "The program or the memory of a machine has changed. Restore them, or remove the run's directory journal to sample "
+    "these steps again."
+)
 
 
 def find_run(resume: str, run_root: Path, experiment: str) -> Path | None:
@@ -76,9 +140,9 @@ def require_same_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
             )
 
 
-def cut_records(run_dir: Path, resumed: Checkpoint | None, names: tuple[str, ...]) -> None:
-    """Take from the run's records what came after the checkpoint, or all where there is none: it is done again."""
-    sizes = {} if resumed is None else resumed.state["record_bytes"]
+def cut_records(run_dir: Path, resumed: ResumePoint | None, names: tuple[str, ...]) -> None:
+    """Take from the run's records what came after `resumed`, or all where there is none: it is done again."""
+    sizes = {} if resumed is None else resumed.record_bytes
     for name in names:
         jsonl.cut(run_dir / name, sizes.get(name, 0))
 
@@ -93,7 +157,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise ConfigError(
-                [f"resume = {run_dir.name}: must not be running. Process {holder} writes to it. End that one first."]
+                [f"{run_dir}: must not be running. Process {holder} writes to it. End that one first."]
             ) from error
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf.checkpoints.store import Checkpoint, CheckpointStore
+from rlhf.checkpoints.journal import Journal, JournaledStep, keep_only
+from rlhf.checkpoints.resume import ResumePoint
+from rlhf.checkpoints.store import CheckpointStore
 from rlhf.config import CheckpointsConfig
 from rlhf.errors import StorageError
 from rlhf.runtime.interrupts import Interrupts
@@ -26,10 +28,14 @@ class SavesState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """Where a stage goes on: after `step` of its steps, with the `state` that it saved then."""
+    """Where a stage goes on: after `step` of its steps, with the `state` that it saved then.
+
+    The steps `journaled` were done after that: to be trained again, and not sampled.
+    """
 
     step: int = 0
     state: Mapping[str, Any] = field(default_factory=dict)
+    journaled: tuple[JournaledStep, ...] = ()
 
 
 class Checkpoints:
@@ -42,13 +48,15 @@ class Checkpoints:
     def __init__(
         self,
         store: CheckpointStore,
+        journal: Path,
         config: CheckpointsConfig,
         interrupts: Interrupts,
         report: Callable[[str], None],
-        resumed: Checkpoint | None = None,
+        resumed: ResumePoint | None = None,
     ) -> None:
-        """`resumed` is where the run goes on."""
+        """`resumed` is where the run goes on, `journal` the directory of the journals of its stages."""
         self._store = store
+        self._journal = journal
         self._config = config
         self.interrupts = interrupts
         self._report = report
@@ -66,11 +74,16 @@ class Checkpoints:
 
     def take_resumed(self, stage: str) -> StageProgress:
         """Where `stage` goes on: at its beginning unless the run was resumed in it."""
-        saved = {} if self.resumed is None else self.resumed.state
-        if saved.get("stage") != stage:
+        resumed = self.resumed
+        if resumed is None or resumed.checkpoint.state["stage"] != stage:
             return StageProgress()
         self.resumed = None
-        return StageProgress(saved["step"], saved["of_stage"])
+        saved = resumed.checkpoint.state
+        return StageProgress(saved["step"], saved["of_stage"], resumed.journaled)
+
+    def journal(self, stage: str) -> Journal:
+        """The journal of `stage`."""
+        return Journal(self._journal / stage)
 
     def step_done(self, stage: str, done: int, steps: int, of_stage: Callable[[], Mapping[str, Any]]) -> None:
         """`done` of the `steps` of `stage` are done. The last one is saved with the end of the stage.
@@ -91,8 +104,7 @@ class Checkpoints:
     def save(self, stage: str, step: int, of_stage: Mapping[str, Any]) -> None:
         """Save the run as it is before step `step` of `stage`."""
         state = {**self._of_run(), "stage": stage, "step": step, "of_stage": of_stage}
-        # A file that is written to in the background is as long as the stage's state says.
-        state["record_bytes"] |= of_stage.get("record_bytes", {})
+        state["record_bytes"] = self.record_bytes(of_stage)
         try:
             self._store.write(
                 f"{stage}-{step:06d}",
@@ -100,6 +112,11 @@ class Checkpoints:
                 self._size_bytes,
                 lambda folder: self._learners.save_state(folder / LEARNER),
             )
+            keep_only(self._journal, self._store.journaled_steps())
         except StorageError as error:
             self._report(f"no checkpoint after step {step} of {stage}: {error}")
         self._last = time.monotonic()
+
+    def record_bytes(self, of_stage: Mapping[str, Any]) -> dict[str, int]:
+        """The sizes of the run's records. One that is written to in the background is as long as `of_stage` says."""
+        return {**self._of_run()["record_bytes"], **of_stage.get("record_bytes", {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,17 @@ class CheckpointStore:
             else:
                 return found
         return None
+
+    def journaled_steps(self) -> dict[str, range]:
+        """For each stage the steps that a run may have to train again when it goes on from one of the checkpoints."""
+        first: dict[str, int] = {}
+        for checkpoint in self.all():
+            first.setdefault(checkpoint.state["stage"], checkpoint.state["step"])
+        return {stage: range(step, sys.maxsize) for stage, step in first.items()}
+
+    def all(self) -> Iterator[Checkpoint]:
+        """The checkpoints, oldest first, their files unchecked."""
+        return map(read_checkpoint, self._paths())
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.root.glob("[0-9]*-*") if path.is_dir())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import torch
-
 from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.checkpoints.journal import JournaledStep
+from rlhf.checkpoints.resume import check_replayed
+from rlhf.checkpoints.saver import StageProgress
 from rlhf.config import RewardsConfig, RlStage
 from rlhf.controller import Controller, StepRecord, sample_advantages, step_metrics
 from rlhf.ledger import FILE_NAME as LEDGER_FILE
@@ -24,8 +26,10 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
     algorithm = context.algorithm(stage)
     assert isinstance(algorithm, OnlineAlgorithm)
     resumed = context.checkpoints.take_resumed(name)
-    saved = resumed.state
-    context.begin_stage(stage, stage.steps * stage.updates_per_step, saved.get("optimiser_steps", 0))
+    context.begin_stage(stage, stage.steps * stage.updates_per_step, resumed.state.get("optimiser_steps", 0))
+    machines = context.parts.learners.machines()
+    resumed = _replayed(context, name, resumed, machines)
+    saved, journal = resumed.state, context.checkpoints.journal(name)
     ledger, totals = Ledger(context.run_dir, saved.get("ledger")), RlTotals(**saved.get("totals", {}))
     controller = Controller(
         rollouts=context.parts.data.rollouts(name, ledger, algorithm, saved.get("rollouts")),
@@ -35,7 +39,7 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
         correct_at=context.config.rewards.correct_at,
         max_staleness=context.config.rollouts.max_staleness,
         updates_per_step=stage.updates_per_step,
-        dump=lambda failed: torch.save(failed, context.run_dir / "non_finite_batch.pt"),
+        journal=journal.directory,
         phase=context.phases(saved.get("phase_seconds")),
     )
 
@@ -60,11 +64,51 @@ def run(context: Context, name: str, stage: RlStage) -> Outcome:
             progress.advance(record.step + 1, metrics, controller.phase.step)
             _log_samples(context, name, record)
             _evaluate_during(context, name, stage, record.step + 1)
-            context.checkpoints.step_done(name, record.step + 1, stage.steps, state)
+            after = state()
+            journal.write(_journaled(context, record, machines, after))
+            context.checkpoints.step_done(name, record.step + 1, stage.steps, partial(dict, after))
     controller.rollouts.close()
     figures = totals.summary(stage.steps, controller.rollouts.sampled_tokens, ledger, controller.phase)
     ledger.shutdown()
     return Outcome(stage.steps, totals.trained_tokens, {"rl": figures})
+
+
+def _replayed(
+    context: Context, name: str, resumed: StageProgress, machines: Sequence[Mapping[str, Any]]
+) -> StageProgress:
+    """Where the stage goes on once its journaled steps are trained again, and proven to be what they were."""
+    if not resumed.journaled:
+        return resumed
+    learners, journal = context.parts.learners, context.checkpoints.journal(name)
+    exact = True
+    with context.phases()("update"):
+        for step in resumed.journaled:
+            reports = learners.replay(journal.directory(step.step))
+            losses = [report.loss for report in reports]
+            exact &= check_replayed(step, losses, learners.master_digests(), machines)
+    last = resumed.journaled[-1]
+    context.parts.publisher.version = last.version - 1
+    context.publish()
+    proof = (
+        "every tensor has the recorded bits" if exact else "losses agree; not exact, the machine or layout is another"
+    )
+    context.console.note(f"{name}: steps {resumed.step} to {last.step} were trained again from the journal; {proof}")
+    return StageProgress(last.step + 1, last.state)
+
+
+def _journaled(
+    context: Context, record: StepRecord, machines: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
+) -> JournaledStep:
+    return JournaledStep(
+        step=record.step,
+        version=record.sync.version,
+        losses=[update.loss for update in record.updates],
+        grad_norms=[update.grad_norm for update in record.updates],
+        digests=record.digests,
+        machines=machines,
+        state=state,
+        record_bytes=context.checkpoints.record_bytes(state),
+    )
 
 
 def scheduled_weights(rewards: RewardsConfig, record: StepRecord) -> dict[str, float]:

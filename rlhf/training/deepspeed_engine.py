@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,10 +102,15 @@ class DeepSpeedEngine:
         self._engine.backward(loss * self._engine.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, apply AdamW with `learning_rate`, clear gradients. Returns the global gradient norm before clipping."""
+        """Clip, apply AdamW with `learning_rate`, clear gradients. Returns the global gradient norm before clipping.
+
+        Where that is not finite, on any rank, all ranks return infinity and leave weights and moments as they were.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        if self._engine.optimizer.overflow:  # under ZeRO-3 the norm would be that of the step before
+            return math.inf
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
@@ -140,20 +146,26 @@ class DeepSpeedEngine:
             raise StorageError(f"{directory}: must hold a learner's state, and has none that DeepSpeed can read.")
 
     def master_digests(self) -> dict[str, str]:
-        """Digest of each part of this rank's float32 masters: which bits the optimiser goes on from."""
+        """Digest of this rank's part of the float32 master of each parameter: the bits the optimiser goes on from."""
         digests = Digests()
-        for name, tensor in self._masters():
-            digests.add(name, tensor)
+        for name, parameter in self.causal_lm.named_parameters():
+            part = _master_part(parameter)
+            if part is not None:
+                digests.add(name, part)
         return digests.read()
-
-    def _masters(self) -> Iterator[tuple[str, Tensor]]:
-        zero = self._engine.optimizer
-        partitioned = hasattr(zero, "fp32_partitioned_groups_flat")
-        groups = zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
-        return ((f"masters.{number}", tensor) for number, tensor in enumerate(groups))
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _master_part(parameter: Tensor) -> Tensor | None:
+    """This rank's part of the parameter's float32 master; None where other ranks have it all."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return safe_get_local_fp32_param(parameter)
+    mapping = getattr(parameter, "_hp_mapping", None)
+    return None if mapping is None else mapping.get_hp_fragment()
 
 
 _STATE = "learner"

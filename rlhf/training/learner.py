@@ -115,8 +115,8 @@ class Learner:
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"{what} = {value} at optimiser step {self._step}: must be finite. The run stops and keeps the last "
-                "saved policy. Lower the learning rate, lengthen the warm-up, or look at the dumped batch."
+                f"{what} = {value} at optimiser step {self._step}: must be finite. The run stops, with the "
+                "weights as they were before it. Lower the learning rate, lengthen the warm-up, or look at the batch."
             )
 
     def _loss(self, sequences: OptimiserStep, metrics: DeviceMetrics) -> Tensor:

@@ -13,13 +13,15 @@ import torch
 from transformers import AutoConfig
 
 from rlhf.algorithms import build
-from rlhf.batches.ragged import completion_sequences
+from rlhf.batches.packing import Share
+from rlhf.batches.ragged import RolloutSequences, completion_sequences
+from rlhf.checkpoints.journal import RankJournal, RankUpdate, read_rows, rows_path
 from rlhf.config import RunConfig
 from rlhf.models import load_tokenizer, torch_dtype
 from rlhf.protocols import StageSetup
 from rlhf.samples import TokenizedExample
 from rlhf.training.deepspeed_engine import DeepSpeedEngine, FrozenModel, join_process_group
-from rlhf.training.learner import Learner, OnlineLearner
+from rlhf.training.learner import Learner, OnlineLearner, RankReport
 from rlhf.training.model_files import write_model
 from rlhf.training.token_model import Pack
 from rlhf.weight_sync.attestation import Evidence
@@ -50,7 +52,7 @@ class LoadedRank:
     def begin_stage(self, setup: StageSetup) -> StageRank:
         """Start a training stage or, after `load_state`, go on with it: with the stage's algorithm and optimiser."""
         self.engine.configure_optimizer(setup.optimizer, fresh=setup.first_step == 0)
-        return StageRank(self._config, self.engine, setup)
+        return StageRank(self._number, self._config, self.engine, setup)
 
     def save_policy(self, directory: Path) -> None:
         """Write the policy in Hugging Face format, the learner's exact bits, with the tokenizer of the base model.
@@ -94,7 +96,9 @@ class StageRank:
     over stored completions ask for `learner.logprobs` before their first update instead.
     """
 
-    def __init__(self, config: RunConfig, engine: DeepSpeedEngine, setup: StageSetup) -> None:
+    def __init__(self, number: int, config: RunConfig, engine: DeepSpeedEngine, setup: StageSetup) -> None:
+        self._number = number
+        self._journals: tuple[RankJournal, ...] = ()
         chosen = setup.algorithm
         algorithm = build(chosen.name, chosen.hyperparameters, chosen.modules)
         temperature = config.rollouts.temperature
@@ -107,8 +111,37 @@ class StageRank:
             self._reference = FrozenModel(setup.policy, config.model, config.training, config.cluster.device)
         self.online = OnlineLearner(self.learner, self._reference)
 
+    def hold(self, shares: list[Share[RolloutSequences]], journal: Path | None) -> list[np.ndarray]:
+        """As `OnlineLearner.hold`. The sequences, and later each update, are written below `journal`, if there is one.
+
+        `journal` is the directory of the step; see `rlhf.checkpoints.journal`.
+        """
+        self._close_journal()
+        if journal is not None:
+            self._journals = (RankJournal(rows_path(journal, self._number), shares),)
+        return self.online.hold(shares)
+
+    def update(self, number: int, advantages: np.ndarray, weights: np.ndarray) -> RankReport:
+        """As `OnlineLearner.update`, journaled before anything changes."""
+        for journal in self._journals:
+            journal.add(RankUpdate(number, advantages, weights))
+        return self.online.update(number, advantages, weights)
+
+    def replay(self, journal: Path) -> list[RankReport]:
+        """Train the step in the directory `journal` once more: one report for each update that it had."""
+        self._close_journal()
+        rows = read_rows(rows_path(journal, self._number))
+        self.online.hold(rows.shares)
+        return [self.online.update(update.number, update.advantages, update.weights) for update in rows.updates]
+
+    def _close_journal(self) -> None:
+        for journal in self._journals:
+            journal.close()
+        self._journals = ()
+
     def close(self) -> None:
         """Free the reference model."""
+        self._close_journal()
         if self._reference is not None:
             self._reference.close()
 

@@ -21,6 +21,7 @@ from rlhf.models import on_this_machine, policy_config
 from rlhf.protocols import StageSetup, UpdateReport
 from rlhf.training.deepspeed_engine import environment
 from rlhf.training.learner import RankReport
+from rlhf.training.machine import machine
 from rlhf.training.memory import explained_memory
 from rlhf.training.rank import LoadedRank, RankSender, StageRank, join
 from rlhf.training.zero_settings import memory_environment
@@ -73,13 +74,23 @@ class LearnerWorker:
         with explained_memory(self._config, "update"):
             return self._stage.learner.update(share)
 
-    def hold(self, shares: list[Share[StoredSequences]]) -> list[np.ndarray]:
+    def hold(self, shares: list[Share[StoredSequences]], journal: Path | None) -> list[np.ndarray]:
         with explained_memory(self._config, "hold"):
-            return self._stage.online.hold([Share(share.batch.fetched(), share.counts) for share in shares])
+            return self._stage.hold([Share(share.batch.fetched(), share.counts) for share in shares], journal)
 
     def update_held(self, number: int, advantages: np.ndarray, weights: np.ndarray) -> RankReport:
         with explained_memory(self._config, "update"):
-            return self._stage.online.update(number, advantages, weights)
+            return self._stage.update(number, advantages, weights)
+
+    def replay(self, journal: Path) -> list[RankReport]:
+        with explained_memory(self._config, "replay"):
+            return self._stage.replay(journal)
+
+    def master_digests(self) -> dict[str, str]:
+        return self._loaded.engine.master_digests()
+
+    def machine(self) -> dict[str, Any]:
+        return machine(self._config)
 
     def save_policy(self, directory: Path) -> None:
         self._loaded.save_policy(directory)
@@ -157,13 +168,13 @@ class RayLearnerGroup:
         calls = [w.update.remote(share) for w, share in zip(self._workers, shares, strict=True)]
         return _report(self._gathered(calls, "learner update"))
 
-    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> RayHeldStep:
+    def hold(self, batch: RolloutBatch, parts: Sequence[np.ndarray], journal: Path | None = None) -> RayHeldStep:
         sequences = batch.sequences
         places = [np.flatnonzero(np.isin(sequences.sample_index, part)) for part in parts]
         chosen = [sequences.select(place) for place in places]
         plans = [self._plan(one) for one in chosen]
         dealt = [plan.shares(one) for plan, one in zip(plans, chosen, strict=True)]
-        calls = [w.hold.remote([shares[rank] for shares in dealt]) for rank, w in enumerate(self._workers)]
+        calls = [w.hold.remote([shares[rank] for shares in dealt], journal) for rank, w in enumerate(self._workers)]
         kl = self._gathered(calls, "learner hold")
         # For each optimiser step and rank: the number of the sample of each sequence it holds.
         owners = [[one.sample_index[index] for index in plan.index] for plan, one in zip(plans, chosen, strict=True)]
@@ -174,6 +185,16 @@ class RayLearnerGroup:
         given = zip(self._workers, advantages, weights, strict=True)
         calls = [w.update_held.remote(number, mine, weight) for w, mine, weight in given]
         return _report(self._gathered(calls, "learner update"))
+
+    def replay(self, journal: Path) -> list[UpdateReport]:
+        by_rank = self._all("learner replay", lambda worker: worker.replay.remote(journal))
+        return [_report(of_update) for of_update in zip(*by_rank, strict=True)]
+
+    def master_digests(self) -> list[dict[str, str]]:
+        return self._all("learner digests", lambda worker: worker.master_digests.remote())
+
+    def machines(self) -> list[dict[str, Any]]:
+        return self._all("learner machine", lambda worker: worker.machine.remote())
 
     def save_policy(self, directory: Path) -> None:
         """Write the policy; each layer has the deadline of a collective."""

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.config import Exaone4TinyModel
 from rlhf.models import prepare_model
+from rlhf.training.model_files import ModelFiles
 from rlhf.weight_sync.transports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,3 +45,7 @@ def test_a_learner_goes_on_bit_for_bit_in_every_zero_stage_and_precision(tmp_pat
     resumed = outcomes(model, tmp_path / "state", "load")
     assert [len(of_rank) for of_rank in unbroken] == [6] * RANKS
     assert resumed == unbroken
+    # No tensor is left out of the proof: each has its digest on the rank or the ranks that hold a part of it.
+    for of_layout in zip(*unbroken, strict=True):
+        named = {name for *_, digests in of_layout for name in digests}
+        assert named == set(ModelFiles(model).names)

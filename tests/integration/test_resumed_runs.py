@@ -28,6 +28,8 @@ SMALL = (
     "stages.rl.evaluate_every=0",
     "stages.rl.optimizer.warmup_steps=0",
     "algorithm.group_filter=none",
+    # A reward that groups differ in, so that every step changes the weights.
+    "+rewards.components.conciseness={params: {target_tokens: 1, max_tokens: 16}, applies: always}",
     "rollouts.group_size=4",
     "rollouts.max_completion_tokens=16",
     "rollouts.max_staleness=1",
@@ -99,6 +101,25 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name.split("-", 1)[1] for path in (run / "checkpoints").glob("[0-9]*"))
 
 
+def replayed(run: Path, step: int) -> dict[str, list[str]]:
+    """What `rlhf.replay` prints: for each metric the recorded value, the replayed one and the difference."""
+    command = [sys.executable, "-m", "rlhf.replay", str(run), "--step", str(step)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    return {name: values for name, *values in rows}
+
+
+def journaled(run: Path) -> int:
+    """The last step of the RL stage that is whole in the journal; -1 if there is none."""
+    return max((int(path.parent.name) for path in (run / "journal" / "rl").glob("*/step.json")), default=-1)
+
+
+def events(run: Path, event: str) -> list[dict[str, object]]:
+    return [line for line in jsonl.read(run / "ledger.jsonl") if line["event"] == event]
+
+
 def newest_run(root: Path) -> Path:
     return (root / "latest").resolve()
 
@@ -109,8 +130,20 @@ def test_a_run_that_is_killed_goes_on_where_it_was_saved(tmp_path):
     kill_when(process, lambda: len(steps(newest_run(root), "rl")) >= 5)
     run = newest_run(root)
     assert checkpoints(run)[-1] in {"rl-000003", "rl-000006"}
-    finish(start(*SMALL, f"run_root={root}", "resume=auto"))
+    saved, done = int(checkpoints(run)[-1][-6:]), journaled(run)
+    trained, made = events(run, "trained"), steps(run, "rl")
+    output = finish(start(*SMALL, f"run_root={root}", "resume=auto"))
+    if done >= saved:
+        assert f"steps {saved} to {done} were trained again from the journal; every tensor has the recorded" in output
+    # What the journal has is neither sampled nor recorded again.
+    assert events(run, "trained")[: 4 * (done + 1)] == trained[: 4 * (done + 1)]
+    assert steps(run, "rl")[: done + 1] == made[: done + 1]
     check_whole(run)
+    assert sum(step["optim/grad_norm"] > 0 for step in steps(run, "rl")) > RL_STEPS / 2
+    last = steps(run, "rl")[-1]
+    table = replayed(run, RL_STEPS - 1)
+    assert table["optim/grad_norm"] == [f"{last['optim/grad_norm']:.8g}"] * 2 + ["0"]
+    assert {values[2] for values in table.values()} <= {"0", "-"}
 
 
 @pytest.mark.slow
@@ -146,9 +179,10 @@ def test_a_run_that_is_ended_three_times_ends_as_one_that_never_was(tmp_path):
     assert "must be an unfinished run" in start(f"resume={run}").communicate(timeout=60)[0]
 
 
-def finish(process: subprocess.Popen[str]) -> None:
+def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
+    return " ".join(output.split())  # the console breaks long lines
 
 
 def check_whole(run: Path, *more: str) -> None:

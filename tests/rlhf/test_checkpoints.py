@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.checkpoints import saver
+from rlhf.checkpoints.resume import resume_point
 from rlhf.checkpoints.saver import Checkpoints, StageProgress
 from rlhf.checkpoints.store import CheckpointStore
 from rlhf.config import CheckpointsConfig, Exaone4TinyModel
@@ -34,9 +35,9 @@ class Run:
         self.told: list[str] = []
         self.store = CheckpointStore(root, keep=2)
         self.interrupts = Interrupts(self.told.append)
-        resumed = self.store.newest(self.told.append)
+        resumed = resume_point(self.store, root / "journal", self.told.append)
         config = CheckpointsConfig(**settings)
-        self.checkpoints = Checkpoints(self.store, config, self.interrupts, self.told.append, resumed)
+        self.checkpoints = Checkpoints(self.store, root / "journal", config, self.interrupts, self.told.append, resumed)
         self.learners = Learners()
         self.checkpoints.begin(self.learners, lambda: {"record_bytes": {"metrics.jsonl": 7, "ledger.jsonl": 9}}, 100)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ import pytest
 import yaml
 
 from rlhf import jsonl
-from rlhf.checkpoints.resume import cut_records, find_run, locked, require_same, require_same_data, saved_config
+from rlhf.checkpoints.journal import JournaledStep
+from rlhf.checkpoints.resume import (
+    ResumePoint,
+    check_replayed,
+    cut_records,
+    find_run,
+    locked,
+    require_same,
+    require_same_data,
+    saved_config,
+)
 from rlhf.checkpoints.store import Checkpoint
 from rlhf.config import RunConfig
-from rlhf.errors import CheckpointError, ConfigError, DataError
+from rlhf.errors import CheckpointError, ConfigError, DataError, ReplayError
 
 
 def config(**changes: Any) -> RunConfig:
@@ -78,6 +89,28 @@ def test_a_changed_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     assert RunConfig.model_validate(saved_config(path)) == config()
 
 
+def journaled(step: int, **changes: Any) -> JournaledStep:
+    digests = [{"embed": "a", "head": "b"}, {"head": "c"}]
+    found = JournaledStep(step, step + 1, [0.5, -2.0], [1.0, 1.0], digests, [{"threads": 1}] * 2, {}, {})
+    return replace(found, **changes)
+
+
+def test_a_replayed_step_must_have_the_recorded_bits() -> None:
+    step = journaled(7)
+    assert check_replayed(step, [0.5, -2.0], step.digests, step.machines)
+    with pytest.raises(ReplayError, match=r"step 7, rank 1, tensor head: has other bits .* x and not c"):
+        check_replayed(step, [0.5, -2.0], [step.digests[0], {"head": "x"}], step.machines)
+    with pytest.raises(ReplayError, match=r"step 7, rank 1, tensor head: .* absent and not c"):
+        check_replayed(step, [0.5, -2.0], [step.digests[0], {}], step.machines)
+
+
+def test_on_another_machine_or_layout_a_replayed_step_must_have_the_recorded_losses() -> None:
+    step, elsewhere = journaled(7), [{"threads": 2}]
+    assert not check_replayed(step, [0.500004, -2.00001], [{"embed": "x"}], elsewhere)
+    with pytest.raises(ReplayError, match=r"step 7, optimiser step 1: has the loss -2.0001 .* had -2"):
+        check_replayed(step, [0.5, -2.0001], [{"embed": "x"}], elsewhere)
+
+
 def test_changed_data_are_refused_by_stage() -> None:
     require_same_data({"sft": "a", "rl": "b"}, {"sft": "a", "rl": "b"})
     with pytest.raises(CheckpointError, match=r"stages\.rl: must have the data of the run"):
@@ -91,8 +124,9 @@ def test_records_after_the_checkpoint_are_set_aside(tmp_path: Path) -> None:
         lines.append({"step": step, "text": "ä"})
         expected.append(lines.size)
     lines.close()
-    checkpoint = Checkpoint(tmp_path, {"record_bytes": {"metrics.jsonl": expected[1]}}, {})
-    cut_records(tmp_path, checkpoint, ("metrics.jsonl", "samples.jsonl"))
+    checkpoint = Checkpoint(tmp_path, {"record_bytes": {"metrics.jsonl": expected[0]}}, {})
+    later = journaled(4, record_bytes={"metrics.jsonl": expected[1]})
+    cut_records(tmp_path, ResumePoint(checkpoint, (later,)), ("metrics.jsonl", "samples.jsonl"))
     assert [record["step"] for record in jsonl.read(path)] == [0, 1]
     assert [record["step"] for record in jsonl.read(tmp_path / "metrics.discarded.jsonl")] == [2]
     cut_records(tmp_path, None, ("metrics.jsonl",))
@@ -101,8 +135,9 @@ def test_records_after_the_checkpoint_are_set_aside(tmp_path: Path) -> None:
 
 def test_records_that_the_disk_lost_are_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
+    checkpoint = Checkpoint(tmp_path, {"record_bytes": {"metrics.jsonl": 40}}, {})
     with pytest.raises(DataError, match="must have 40 bytes or more, as the checkpoint says, and has 3"):
-        cut_records(tmp_path, Checkpoint(tmp_path, {"record_bytes": {"metrics.jsonl": 40}}, {}), ("metrics.jsonl",))
+        cut_records(tmp_path, ResumePoint(checkpoint, ()), ("metrics.jsonl",))
 
 
 def _hold(path: Path, ready: Any, done: Any) -> None:
