@@ -44,6 +44,7 @@ from rlhf.checkpoints.resume import (
     require_same,
     resume_point,
     saved_config,
+    saved_position,
 )
 from rlhf.checkpoints.saver import Checkpoints
 from rlhf.checkpoints.store import CheckpointStore
@@ -58,6 +59,7 @@ from rlhf.pipeline import Pipeline
 from rlhf.plan import plan
 from rlhf.plugins import load_modules
 from rlhf.runtime.interrupts import Interrupts
+from rlhf.runtime.restarts import with_restarts
 from rlhf.samples import Prompt
 from rlhf.servers import with_placeholders
 from rlhf.stages.context import Context, Parts
@@ -130,7 +132,7 @@ def run(raw: Any, console: RunConsole, interrupts: Interrupts, overrides: Sequen
     config = validate(raw, reward_names=registry.names())
     # One scorer up and down again: what only the reward functions know is said before anything is reserved.
     Scorer(with_placeholders(config.rewards, config.servers).model_copy(update={"processes": 1})).close()
-    sources = Sources(config)
+    Sources(config)  # errors in the data
     console.plan(plan(config))
     if config.dry_run:
         console.note("dry run: nothing was started")
@@ -144,7 +146,12 @@ def run(raw: Any, console: RunConsole, interrupts: Interrupts, overrides: Sequen
     console.note(f"run directory: {run_dir}")
     with locked(run_dir):
         try:
-            train(config, run_dir, sources, console, interrupts)
+            with_restarts(
+                lambda: train(config, run_dir, Sources(config), console, interrupts),
+                lambda: saved_position(run_dir),
+                config.cluster.max_restarts,
+                console.note,
+            )
         except (KeyboardInterrupt, GroupwiseError) as error:
             if any((run_dir / CHECKPOINTS).glob("[0-9]*")):
                 error.add_note(f"to go on from the newest checkpoint: python launch.py resume={run_dir}")

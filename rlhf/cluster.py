@@ -7,20 +7,24 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf.config import RunConfig
-from rlhf.errors import DeadlineError, GroupwiseError, WorkerLostError
+from rlhf.errors import DeadlineError, GroupwiseError, ProcessLostError, WorkerLostError
 from rlhf.runtime.session_folder import SessionFolder
 from rlhf.samples import GroupTokens, TextGroup
+
+_CAUSE_S = 5.0  # for the loss of a process to show where another reports that its connection broke
+_SHUTDOWN_S = 5.0
 
 OBJECT_STORE_ENVIRONMENT = {"RAY_max_direct_call_object_size": "8192"}
 """Results above 8 KiB stay in the object store of their node: Ray would send them to the driver up to 100 KiB."""
@@ -112,7 +116,9 @@ class Cluster:
         if self._group is not None and ray.is_initialized() and not self._owned:
             remove_placement_group(self._group)
         if ray.is_initialized():
+            processes = [] if self._session is None else _processes_of(self._session.path)
             ray.shutdown()
+            _end(processes)
         if self._session is not None:
             self._keep_ray_logs(self._session.path)
             self._session.remove()
@@ -172,6 +178,25 @@ class Cluster:
             shutil.copytree(logs, self._logs / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
 
 
+def _processes_of(session: Path) -> list[psutil.Process]:
+    """Ray's own processes of a session, and all workers, which descend from them."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any(str(session) in argument for argument in child.cmdline()):
+                found += [*child.children(recursive=True), child]
+    return found
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Kill what Ray's shutdown has not ended: a process that hangs or is stopped does not notice it."""
+    _, left = psutil.wait_procs(processes, timeout=_SHUTDOWN_S)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=_SHUTDOWN_S)
+
+
 def _require_this_machine(wanted: Sequence[dict[str, float]]) -> None:
     """Raises GroupwiseError where a private Ray, which never gets another node, cannot hold what is wanted."""
     have = ray.cluster_resources()
@@ -199,8 +224,23 @@ def gather(references: Sequence[Any], what: str, deadline_s: float) -> list[Any]
                 f"{what}: {len(pending)} of {len(references)} answers missing after {deadline_s:g} s. "
                 "The worker's log in logs/ shows what it was doing."
             )
-        values |= {reference: result(reference, what) for reference in finished}
+        try:
+            values |= {reference: result(reference, what) for reference in finished}
+        except WorkerLostError:
+            _raise_if_lost(pending, what)
+            raise
     return [values[reference] for reference in references]
+
+
+def _raise_if_lost(references: Sequence[Any], what: str) -> None:
+    """Raises ProcessLostError if a process that others had to work with was lost: theirs only says that it is gone."""
+    for reference in ray.wait(list(references), num_returns=len(references), timeout=_CAUSE_S)[0] if references else ():
+        try:
+            result(reference, what)
+        except ProcessLostError:
+            raise
+        except GroupwiseError:
+            continue
 
 
 def wait_for_any(references: Sequence[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:
@@ -210,6 +250,12 @@ def wait_for_any(references: Sequence[Any], timeout_s: float) -> tuple[list[Any]
         return done, pending
     more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
     return [*done, *more], pending
+
+
+def settled(references: Sequence[Any], timeout_s: float) -> None:
+    """Wait for all references, whether they succeed or not: for ends, which must not hide why there is one."""
+    if references:
+        ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
 
 
 def result(reference: Any, what: str) -> Any:
@@ -234,7 +280,7 @@ def explained(what: str) -> Iterator[None]:
             raise error.cause from None
         raise WorkerLostError(f"{what} failed in the worker:\n{error}") from None
     except RayError as error:  # died, ran out of memory, lost its node: Ray's message says which
-        raise WorkerLostError(f"{what}: the worker process was lost.\n{error}") from None
+        raise ProcessLostError(f"{what}: the worker process was lost.\n{error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -427,6 +427,7 @@ class ClusterConfig(Section):
     cpus_per_engine: Annotated[float, Field(gt=0.0)] = 1.0
     oversubscribe_cpus: bool = True  # local CPU runs: more processes than cores is fine, they take turns
     start_deadline_s: Seconds = 300.0
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # of a run that lost a process, in a row and without progress
 
 
 class CheckpointsConfig(Section):

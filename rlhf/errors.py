@@ -71,3 +71,7 @@ class DeadlineError(GroupwiseError):
 
 class WorkerLostError(GroupwiseError):
     """A worker process died or raised; carries that worker's own traceback."""
+
+
+class ProcessLostError(WorkerLostError):
+    """A worker process of the run died: killed, out of memory, or with its node. Another try may succeed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf.algorithms import build
+from rlhf.checkpoints.journal import TOKEN_BYTES
 from rlhf.cluster import Role, bundles, roles
 from rlhf.config import (
     CollectStage,
@@ -28,10 +29,20 @@ def plan(config: RunConfig) -> list[Section]:
         ("processes", _processes(config)),
         *((f"stage {name}", _stage(config, stage)) for name, stage in config.stages.items()),
         ("weight sync", [("transport", config.transport), ("max staleness", config.rollouts.max_staleness)]),
-        ("checkpoints", [("every", _cadence(config)), ("kept", f"the newest {config.checkpoints.keep}")]),
+        ("checkpoints", _checkpoints(config)),
         ("rewards", [(name, _component(c)) for name, c in config.rewards.components.items()]),
         ("evaluation", [("held-out prompts", config.evaluation.prompts), ("samples", _samples(config))]),
     ]
+
+
+def _checkpoints(config: RunConfig) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("every", _cadence(config)), ("kept", f"the newest {config.checkpoints.keep}")]
+    stages = [stage for stage in config.stages.values() if isinstance(stage, RlStage)]
+    if stages:
+        samples = max(stage.prompts_per_step for stage in stages) * config.rollouts.group_size
+        most = samples * config.model.max_context_tokens * TOKEN_BYTES / (1 << 20)
+        rows.append(("journal", f"{most:,.1f} MiB a step at most, back to the oldest checkpoint"))
+    return rows
 
 
 def _cadence(config: RunConfig) -> str:

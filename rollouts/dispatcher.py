@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -247,7 +248,8 @@ class Dispatcher:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
-        self.call(cancelled()).result(timeout=10)
+        with suppress(TimeoutError):  # the reason for closing must be seen, not this
+            self.call(cancelled()).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from rlhf.cluster import Cluster, RayStored, awaited, gather, redirect_output, roles
+from rlhf.cluster import Cluster, RayStored, awaited, gather, redirect_output, roles, settled
 from rlhf.config import RunConfig
 from rlhf.models import load_tokenizer, on_this_machine
 from rlhf.samples import GroupTokens, SampleGroup, TextGroup
@@ -22,6 +22,8 @@ from rollouts.engine import AbortedError, EngineStats, stats_metrics
 from rollouts.generator import Facts, Generator, GroupRequest
 from rollouts.rendering import Renderer
 from rollouts.vllm_engine import VllmEngine, engine_settings
+
+_SHUTDOWN_S = 10.0
 
 
 class RolloutWorker:
@@ -162,7 +164,7 @@ class RayEngines:
 
     def shutdown(self) -> None:
         """Stop the engines so that nothing of theirs stays in shared memory."""
-        self._each("shutdown", lambda actor: actor.shutdown.remote())
+        settled([actor.shutdown.remote() for actor in self.actors], _SHUTDOWN_S)
 
     def _each(self, what: str, call: Callable[[ActorHandle], Any]) -> list[Any]:
         return gather([call(actor) for actor in self.actors], f"engines: {what}", self._config.weight_sync.deadline_s)

@@ -12,7 +12,7 @@ import ray.util
 
 from rewards.servers.command import located
 from rewards.servers.server import ModelServer, Terms
-from rlhf.cluster import Cluster, gather, roles
+from rlhf.cluster import Cluster, gather, roles, settled
 from rlhf.config import RewardsConfig, RunConfig, ServerConfig
 from rlhf.servers import KEY_VARIABLE, with_addresses
 
@@ -92,4 +92,4 @@ class Servers:
 
     def shutdown(self) -> None:
         """Every server has ended."""
-        gather([actor.close.remote() for actor in self._actors.values()], "end of the servers", ACTOR_DEADLINE_S)
+        settled([actor.close.remote() for actor in self._actors.values()], ACTOR_DEADLINE_S)

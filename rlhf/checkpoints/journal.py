@@ -26,6 +26,8 @@ from rlhf.checkpoints.directories import written
 from rlhf.errors import CheckpointError
 
 STEP_FILE = "step.json"
+TOKEN_BYTES = 9
+"""Of one token in the rows: its id, its log-prob and its place in the loss mask."""
 _ARRAYS = tuple(field.name for field in fields(RolloutSequences))
 _LENGTH_BYTES, _HASH_BYTES = 8, 8
 

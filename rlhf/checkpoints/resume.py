@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rlhf import jsonl
-from rlhf.checkpoints.journal import Digests, Journal, JournaledStep, keep_only
+from rlhf.checkpoints.journal import STEP_FILE, Digests, Journal, JournaledStep, keep_only
 from rlhf.checkpoints.store import Checkpoint, CheckpointStore
 from rlhf.config import RunConfig
 from rlhf.errors import CheckpointError, ConfigError, ReplayError, did_you_mean
@@ -108,6 +108,15 @@ def find_run(resume: str, run_root: Path, experiment: str) -> Path | None:
         fix = "Its policy is in the directory policy; start a new run from it with model.path."
         raise ConfigError([f"resume = {resume}: must be an unfinished run. It has a {SUMMARY_FILE}. {fix}"])
     return found.resolve()
+
+
+def saved_position(run_dir: Path) -> str | None:
+    """How far the run is saved, to be compared and shown: its newest checkpoint and its last journaled step."""
+    checkpoints = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("[0-9]*"))
+    if not checkpoints:
+        return None
+    steps = sorted(path.parent.name for path in (run_dir / JOURNAL).glob(f"*/*/{STEP_FILE}"))
+    return f"checkpoint {checkpoints[-1]}" + (f" and the journal up to step {int(steps[-1])}" if steps else "")
 
 
 def saved_config(run_dir: Path) -> dict[str, Any]:

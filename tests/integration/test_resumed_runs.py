@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,31 @@ def test_a_run_that_is_killed_goes_on_where_it_was_saved(tmp_path):
     table = replayed(run, RL_STEPS - 1)
     assert table["optim/grad_norm"] == [f"{last['optim/grad_norm']:.8g}"] * 2 + ["0"]
     assert {values[2] for values in table.values()} <= {"0", "-"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("worker", "how"),
+    [
+        ("RolloutWorker", signal.SIGKILL),
+        ("LearnerWorker", signal.SIGKILL),
+        ("RewardWorker", signal.SIGKILL),
+        ("RolloutWorker", signal.SIGSTOP),
+    ],
+)
+def test_a_run_that_loses_a_worker_goes_on_by_itself(tmp_path, worker, how):
+    root = tmp_path / "runs"
+    process = start(*SMALL, f"run_root={root}", "rollouts.silence_deadline_s=20", "weight_sync.deadline_s=20")
+    wait_until(process, lambda: len(steps(newest_run(root), "rl")) >= 4)
+    started = psutil.Process(process.pid).children(recursive=True)
+    victim = next(one for one in started if worker in " ".join(one.cmdline()))
+    victim.send_signal(how)
+    output = finish(process)
+    assert ("the worker process was lost" in output) == (how == signal.SIGKILL)
+    assert "restarts from checkpoint" in output
+    assert "every tensor has the recorded bits" in output
+    assert not [one for one in started if one.is_running()]
+    check_whole(newest_run(root))
 
 
 @pytest.mark.slow
