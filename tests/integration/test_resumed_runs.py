@@ -153,7 +153,6 @@ def test_a_run_that_is_killed_goes_on_where_it_was_saved(tmp_path):
     [
         ("RolloutWorker", signal.SIGKILL),
         ("LearnerWorker", signal.SIGKILL),
-        ("RewardWorker", signal.SIGKILL),
         ("RolloutWorker", signal.SIGSTOP),
     ],
 )
@@ -170,6 +169,18 @@ def test_a_run_that_loses_a_worker_goes_on_by_itself(tmp_path, worker, how):
     assert "every tensor has the recorded bits" in output
     assert not [one for one in started if one.is_running()]
     check_whole(newest_run(root))
+
+
+@pytest.mark.slow
+def test_a_reward_worker_that_dies_is_replaced_while_the_run_goes_on(tmp_path):
+    root = tmp_path / "runs"
+    process = start(*SMALL, f"run_root={root}")
+    wait_until(process, lambda: len(steps(newest_run(root), "rl")) >= 2)
+    worker = next(p for p in psutil.Process(process.pid).children(recursive=True) if "RewardWorker" in str(p.cmdline()))
+    worker.kill()
+    assert "restarts from" not in finish(process)
+    assert [line["step"] for line in steps(newest_run(root), "rl")] == list(range(RL_STEPS))
+    check_ledger(newest_run(root))
 
 
 @pytest.mark.slow
