@@ -117,16 +117,15 @@ def survive(root: Path, staleness: int, wanted: int, tally: Tally, chance: rando
     root.mkdir()
     command = [*EXPERIMENT, DPO.format(path=PAIRS), f"rollouts.max_staleness={staleness}"]
     command += [f"run_root={root}", f"cache_root={root}/cache", "resume=auto"]
-    while True:
-        log = root / f"output-{tally.kills}.log"
-        killed = tally.kills < wanted and killed_at_random(command, log, root, chance, tally)
-        if not killed:
-            break
+    killed = True
+    while killed:  # the last run goes to its end, too
+        log = root / f"output-{tally.kills:03d}.log"
+        killed = started(command, log, root, chance if tally.kills < wanted else None, tally)
     check(root, tally)
 
 
-def killed_at_random(command: Sequence[str], log: Path, root: Path, chance: random.Random, tally: Tally) -> bool:
-    """Start or resume the run and kill it; False where it ended before. It is killed once it has written something."""
+def started(command: Sequence[str], log: Path, root: Path, chance: random.Random | None, tally: Tally) -> bool:
+    """Start or resume the run. True if it was killed: at a moment of `chance` once it has written something."""
     with log.open("w") as output:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         process = subprocess.Popen(
@@ -134,9 +133,9 @@ def killed_at_random(command: Sequence[str], log: Path, root: Path, chance: rand
         )
     records, moment = root / "latest" / "metrics.jsonl", None
     size = records.stat().st_size if records.exists() else 0
-    started = time.monotonic()
-    while process.poll() is None and time.monotonic() - started < _LONGEST_S:
-        if moment is None and records.exists() and records.stat().st_size > size:
+    begun = time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < _LONGEST_S:
+        if chance and moment is None and records.exists() and records.stat().st_size > size:
             moment = time.monotonic() + chance.uniform(0.0, 8.0)
         if moment is not None and time.monotonic() > moment:
             break
