@@ -1,0 +1,1 @@
+"""Runs that are killed, and what it costs that they can be resumed."""
