@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,7 +112,8 @@ class Checkpoints:
                 self._size_bytes,
                 lambda folder: self._learners.save_state(folder / LEARNER),
             )
-            keep_only(self._journal, self._store.journaled_steps())
+            with suppress(OSError):  # what cannot be removed now goes with the next checkpoint
+                keep_only(self._journal, self._store.journaled_steps())
         except StorageError as error:
             self._report(f"no checkpoint after step {step} of {stage}: {error}")
         self._last = time.monotonic()
